@@ -32,7 +32,6 @@ from foreword.store import (
     Version,
     check_name,
     key_of,
-    prefix_from_bytes,
 )
 
 HOUR, DAY = 3600.0, 24 * 3600.0
@@ -269,7 +268,7 @@ def test_what_is_no_prefix_is_not_put(store: Store) -> None:
 
 def test_reading_bytes_is_reading_a_file(tmp_path: Path) -> None:
     (tmp_path / "p.safetensors").write_bytes(bytes_of(5))
-    assert equal(prefix_from_bytes(bytes_of(5)), Prefix.load(tmp_path / "p.safetensors"))
+    assert equal(Prefix.from_bytes(bytes_of(5)), Prefix.load(tmp_path / "p.safetensors"))
 
 
 def test_a_damaged_object(store: Store) -> None:

@@ -313,14 +313,13 @@ def get(
 ) -> None:
     """Write a prefix of the store to a file."""
     from foreword.checkpoint import check_out
-    from foreword.prefix import write_atomically
-    from foreword.store import prefix_from_bytes
+    from foreword.prefix import Prefix, write_atomically
 
     check_out(out_file, overwrite=overwrite)
     opened = _open(store)
     found = opened.find(name, version)
     data = opened.read(found)
-    prefix_from_bytes(data)
+    Prefix.from_bytes(data)
     with write_atomically(out_file) as aside:
         aside.write_bytes(data)
     out.print(f"{shown(str(out_file))}: {shown(str(found))}")

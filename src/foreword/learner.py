@@ -28,7 +28,16 @@ from foreword.version import __version__
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["Learner", "checkpointing", "forward_loss", "init_name", "make_trainable", "mean_loss", "token_losses"]
+__all__ = [
+    "Learner",
+    "check_dev",
+    "checkpointing",
+    "forward_loss",
+    "init_name",
+    "make_trainable",
+    "mean_loss",
+    "token_losses",
+]
 
 
 def forward_loss(base: Base, attachment: Attachment, batch: Batch, *, infix: bool = False) -> torch.Tensor:
@@ -99,6 +108,12 @@ def _start_tokens(base: Base, rows: Sequence[Row], settings: TrainSettings) -> t
     return x, y
 
 
+def check_dev(settings: TrainSettings, dev: object | None) -> None:
+    """Raise `SettingsError` where the settings need development rows and there are none."""
+    if settings.patience and dev is None:
+        raise SettingsError("patience counts epochs by their development loss: give development rows, or no patience")
+
+
 def init_name(settings: TrainSettings, init_from: Prefix | None) -> str:
     if init_from is not None:
         return "prefix"
@@ -160,10 +175,7 @@ class Learner:
         processes: int = 1,
         precision: str = "no",
     ):
-        if settings.patience and dev is None:
-            raise SettingsError(
-                "patience counts epochs by their development loss: give development rows, or no patience"
-            )
+        check_dev(settings, dev)
         self.base, self.settings, self.framing, self.init_from = base, settings, framing, init_from
         self.group_size, self.precision = settings.accumulation * processes, precision
         length = settings.length if init_from is None else init_from.length

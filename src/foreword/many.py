@@ -27,7 +27,7 @@ from torch import nn
 from foreword.attach import Attachment, Stack, attach
 from foreword.data import Record, Row, collate, column_names, fields_of, record_of, renamed
 from foreword.errors import DataError, ForewordError, PrefixFileError, SettingsError
-from foreword.learner import Learner, checkpointing, make_trainable, mean_loss, token_losses
+from foreword.learner import Learner, check_dev, checkpointing, make_trainable, mean_loss, token_losses
 from foreword.prefix import Framing, Prefix
 from foreword.reparam import TrainablePrefix, layers_of
 from foreword.settings import TrainSettings
@@ -228,8 +228,7 @@ def train_many(
         raise SettingsError(f"expected a process of {processes}, counted from 0; got {process}")
     if settings.infix:
         raise SettingsError("infix is an ablation for one prefix, and has no file format")
-    if settings.patience and dev is None:
-        raise SettingsError("patience counts epochs by their development loss: give development rows, or no patience")
+    check_dev(settings, dev)
     # what is wrong for every user is found out here, and not by each
     fields_of(framing.template)
     make_trainable(base, (), settings, init_from)

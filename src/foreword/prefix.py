@@ -18,7 +18,7 @@ import datetime
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as safetensors_bytes
 
 from foreword.errors import PrefixFileError, SettingsError, WrongBaseError
@@ -249,17 +250,8 @@ class Prefix:
         path = Path(path)
         try:
             with safe_open(path, framework="pt") as file:
-                card = cls._read_card(file.metadata() or {})
-                names = cls._names_of_layers(list(file.keys()))
                 # copies: the file's own tensors are views of it, and change or fault where it is written over
-                sections = {
-                    section: [
-                        (file.get_tensor(f"{layer}.keys").clone(), file.get_tensor(f"{layer}.values").clone())
-                        for layer in layers
-                    ]
-                    for section, layers in names.items()
-                }
-            prefix = cls(sections, card)
+                prefix = cls._read(file.metadata() or {}, list(file.keys()), lambda name: file.get_tensor(name).clone())
         except SafetensorError as error:
             raise PrefixFileError(
                 f"{path}: expected a safetensors file; it is truncated or something else ({_short(error)})"
@@ -271,6 +263,35 @@ class Prefix:
         except OSError as error:
             raise PrefixFileError(f"{path}: cannot be read as a prefix file ({_short(error)})") from None
         return prefix if base is None else prefix.check(base)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Prefix:
+        """Read a prefix from the bytes of its file, as `to_bytes` gave them.
+
+        Raises:
+            PrefixFileError: as `load` does.
+        """
+        try:
+            tensors = load_tensors(data)
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise PrefixFileError(
+                f"expected a safetensors file; it is truncated or something else ({_short(error)})"
+            ) from None
+        return cls._read(metadata, list(tensors), tensors.__getitem__)
+
+    @classmethod
+    def _read(cls, metadata: Mapping[str, str], names: Sequence[str], tensor: Callable[[str], torch.Tensor]) -> Prefix:
+        """A prefix of what a file's header says; no tensor is fetched before that is found right."""
+        card = cls._read_card(metadata)
+        sections = cls._names_of_layers(names)
+        return cls(
+            {
+                section: [(tensor(f"{layer}.keys"), tensor(f"{layer}.values")) for layer in layers]
+                for section, layers in sections.items()
+            },
+            card,
+        )
 
     @staticmethod
     def _read_card(metadata: Mapping[str, str]) -> Card:

@@ -42,7 +42,7 @@ show an object whole or not at all; where a filesystem does not, a reader sees t
 
 from foreword.store.index import Change, Changes, Page, Token
 from foreword.store.names import NoSuchPrefixError, StoreError, Version, check_name, key_of
-from foreword.store.store import Store, prefix_from_bytes
+from foreword.store.store import Store
 from foreword.store.verify import Problem
 
 __all__ = [
@@ -57,5 +57,4 @@ __all__ = [
     "Version",
     "check_name",
     "key_of",
-    "prefix_from_bytes",
 ]

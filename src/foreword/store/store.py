@@ -13,8 +13,6 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 
 from foreword.errors import PrefixFileError, SettingsError
 from foreword.prefix import Prefix
@@ -39,29 +37,6 @@ if TYPE_CHECKING:
 LAYOUT = 1
 SIGN = "foreword-store.json"
 TRIES = 10
-
-
-def prefix_from_bytes(data: bytes) -> Prefix:
-    """Read a prefix from the bytes of its file.
-
-    Raises:
-        PrefixFileError: as `Prefix.load` does.
-    """
-    try:
-        tensors = load_tensors(data)
-        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PrefixFileError(f"expected a safetensors file; it is truncated or something else ({reason})") from None
-    card = Prefix._read_card(metadata)
-    names = Prefix._names_of_layers(list(tensors))
-    return Prefix(
-        {
-            section: [(tensors[f"{layer}.keys"], tensors[f"{layer}.values"]) for layer in layers]
-            for section, layers in names.items()
-        },
-        card,
-    )
 
 
 class Store:
@@ -129,7 +104,7 @@ class Store:
         """
         name, key = check_name(name), key_of(name)
         data = prefix.to_bytes(dtype) if isinstance(prefix, Prefix) else prefix
-        prefix_from_bytes(data)
+        Prefix.from_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
         for left in reversed(range(TRIES)):
             folder = self._index.look(key)
@@ -243,7 +218,7 @@ class Store:
                 raise
             # deleted and put again since the listing, perhaps
             data = self.read(self.find(name, None))
-        prefix = prefix_from_bytes(data)
+        prefix = Prefix.from_bytes(data)
         return prefix if base is None else prefix.check(base)
 
     def roll_back(self, name: str, version: Version | str) -> Version:
@@ -357,4 +332,4 @@ class Store:
 
         Others may write meanwhile: what changed under way is looked at again before it is called wrong.
         """
-        return verify(self._files, self._index, self._now, lambda *one: prefix_from_bytes(self._read(*one)))
+        return verify(self._files, self._index, self._now, lambda *one: Prefix.from_bytes(self._read(*one)))
