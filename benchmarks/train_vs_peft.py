@@ -35,9 +35,9 @@ from benchmarks.e2e_rows import DATA, e2e_split
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate, read_records, rows_of
+from foreword.loss import forward_loss
 from foreword.prefix import Framing
 from foreword.reparam import trainable_prefix
-from foreword.training import forward_loss
 
 SIDES = ("foreword", "peft", "peft-best")
 Step = Callable[[list[Row]], None]

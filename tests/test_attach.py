@@ -336,7 +336,7 @@ def test_in_bfloat16_the_padding_of_rows_without_a_prefix_stays_finite(family: s
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_y_positions_select_logits(family: str) -> None:
+def test_states_and_logits_are_the_models_own(family: str) -> None:
     """After whatever the family does around its output layer."""
     config = {"gemma3": {"final_logit_softcapping": 3.0}, "t5": {"tie_word_embeddings": True}}
     model = fresh_model64(family, **config.get(family, {}))
@@ -350,12 +350,10 @@ def test_y_positions_select_logits(family: str) -> None:
     assert 1 < y_positions.sum() < shape.numel()
     with attach(model, random_prefix(model, P)) as attachment:
         full = model(**inputs).logits
-        attachment.y_positions = y_positions
-        chosen = model(**inputs).logits
-        attachment.y_positions = None
+        chosen = attachment.logits(attachment.states_at(y_positions, inputs))
         assert_same(family, model(**inputs).logits, full)
-    assert chosen.shape == (1, int(y_positions.sum()), full.shape[-1])
-    assert_same(family, chosen[0], full[y_positions])
+    assert chosen.shape == (int(y_positions.sum()), full.shape[-1])
+    assert_same(family, chosen, full[y_positions])
 
 
 # ---- positions, and ways to call -------------------------------------------------------------------------

@@ -163,8 +163,6 @@ class Attachment:
     Attributes:
         rows: [B], on the CPU, which of the N prefixes each row of the batch has, -1 for none; None gives every row
             prefix 0. Where the batch holds k times as many rows (beams), each entry counts for k rows in turn.
-        y_positions: [B, T] of bool or None; where set, the base computes logits at these positions alone, and they
-            come back as [1, number of positions, V], row by row.
         infix: [B] or None; for the paper's infix ablation, decoder-only: how many places of each row, padding counted,
             stand before the virtual tokens and so don't see them.
     """
@@ -178,13 +176,14 @@ class Attachment:
         self.model = model
         self.source = source
         self.rows: torch.Tensor | None = None
-        self.y_positions: torch.Tensor | None = None
         self.infix: torch.Tensor | None = None
         self.starts_at_prefix = not model.config.is_encoder_decoder
         self._implementation = model.config._attn_implementation
         self._signature = inspect.signature(model.forward)
         self._refreshed = False
         self._cached = 0
+        self._y_positions: torch.Tensor | None = None
+        self._states: torch.Tensor | None = None
         self._masks: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
         self.stack: Stack | None = source if isinstance(source, Stack) else None
 
@@ -287,11 +286,40 @@ class Attachment:
         places = torch.arange(self._cached, self._cached + length, device=device)
         return places >= self.infix.to(device).repeat_interleave(batch // len(self.infix))[:, None]
 
+    def states_at(self, y_positions: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the base, and return what its logits would be computed from, at these positions alone.
+
+        Args:
+            y_positions: [B, T] of bool.
+            inputs: keyword arguments of the model's forward.
+
+        Returns:
+            [number of positions, hidden size], row by row; see `logits`.
+        """
+        self._y_positions = y_positions
+        try:
+            self.model(**inputs, use_cache=False)
+            assert self._states is not None
+            return self._states
+        finally:
+            self._y_positions = self._states = None
+
     def _before_logits(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        if self.y_positions is None:
+        if self._y_positions is None:
             return None
         (hidden,) = args
-        return (hidden[self.y_positions][None],)
+        self._states = hidden[self._y_positions]
+        return (hidden[:, :0],)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """What the base makes of its last hidden states, [N, hidden size] to [N, V]."""
+        model: Any = self.model
+        logits: torch.Tensor = model.get_output_embeddings()(states)
+        if (bias := getattr(model, "final_logits_bias", None)) is not None:
+            logits = logits + bias
+        if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
     def extend(
         self,
@@ -458,7 +486,7 @@ def _attention(
     key, value, mask = attachment.extend(section, i, query, key, value, attention_mask)
     if position_bias is not None:
         position_bias = nn.functional.pad(position_bias, (key.shape[2] - length, 0))
-    if query.device.type != "cpu" or query.shape[:3].numel() * key.shape[2] > PRODUCTS_MAX_SCORES:
+    if dropout or query.device.type != "cpu" or query.shape[:3].numel() * key.shape[2] > PRODUCTS_MAX_SCORES:
         return sdpa_attention_forward(
             module,
             query,
@@ -470,35 +498,59 @@ def _attention(
             is_causal=False,
             position_bias=position_bias,
         )
-    return _products(query, key, value, mask, scaling, dropout, position_bias), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out: torch.Tensor = _Products.apply(query, key, value, mask, scaling, position_bias)
+    return out, None
 
 
-def _products(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    position_bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """softmax(Q K^T scaling + bias + mask) V, with the H query heads folded onto their G key/value heads."""
-    batch, heads, length, dim = query.shape
-    groups, seen = key.shape[1:3]
-    query = query * (dim**-0.5 if scaling is None else scaling)
-    scores = query.reshape(batch, groups, -1, dim) @ key.mT
-    scores = scores.view(batch, heads, length, seen)
-    if position_bias is not None:
-        scores = scores + position_bias
-    if mask is not None:
-        # the padding of a left-padded row may see nothing: the least number, unlike -inf, keeps its softmax finite
-        least = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1)
-    if dropout:
-        weights = nn.functional.dropout(weights, dropout)
-    out = weights.view(batch, groups, -1, seen) @ value
-    return out.view(batch, heads, length, dim).transpose(1, 2)
+class _Products(torch.autograd.Function):
+    """softmax(Q K^T scaling + bias + mask) V as plain products, with the H query heads folded onto their G key/value heads.
+
+    Its backward pass keeps no more than Q, K, V and the weights, and makes no gradient for bias or mask: both are frozen.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        position_bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        batch, heads, length, dim = query.shape
+        groups, seen = key.shape[1:3]
+        query = (query * scaling).reshape(batch, groups, -1, dim)
+        scores = (query @ key.mT).view(batch, heads, length, seen)
+        if position_bias is not None:
+            scores += position_bias
+        if mask is not None:
+            # the padding of a left-padded row may see nothing: the least number, unlike -inf, keeps its softmax finite
+            least = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill_(~mask, least) if mask.dtype == torch.bool else scores.add_(mask)
+        weights = scores.softmax(-1).view(batch, groups, -1, seen)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scaling = scaling
+        return (weights @ value).view(batch, heads, length, dim).transpose(1, 2)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, weights = ctx.saved_tensors
+        batch, length, heads, dim = outer[0].shape
+        out = outer[0].transpose(1, 2).reshape(query.shape)
+        query_gradient = key_gradient = value_gradient = None
+        if ctx.needs_input_grad[2]:
+            value_gradient = weights.mT @ out
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            scores = torch._softmax_backward_data(out @ value.mT, weights, -1, weights.dtype)
+            if ctx.needs_input_grad[1]:
+                key_gradient = scores.mT @ query
+            if ctx.needs_input_grad[0]:
+                query_gradient = (scores @ key).mul_(ctx.scaling).view(batch, heads, length, dim)
+        return query_gradient, key_gradient, value_gradient, None, None, None
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

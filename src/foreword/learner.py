@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreword.attach import Attachment
-from foreword.data import Batch, Record, Row, batches, collate, rows_of
+from foreword.data import Record, Row, batches, rows_of
 from foreword.errors import DataError, SettingsError, TrainingError
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import TrainablePrefix, trainable_prefix
@@ -32,45 +31,9 @@ __all__ = [
     "Learner",
     "check_dev",
     "checkpointing",
-    "forward_loss",
     "init_name",
     "make_trainable",
-    "mean_loss",
-    "token_losses",
 ]
-
-
-def forward_loss(base: Base, attachment: Attachment, batch: Batch, *, infix: bool = False) -> torch.Tensor:
-    """Sum over the batch's y tokens of -log p(y | x)."""
-    return token_losses(base, attachment, batch, infix=infix).sum()
-
-
-def token_losses(base: Base, attachment: Attachment, batch: Batch, *, infix: bool = False) -> torch.Tensor:
-    """[N], -log p of each y token of the batch, in float32; in float64 where the base computes in it."""
-    attachment.y_positions = batch.y_positions
-    attachment.infix = batch.infix if infix else None
-    try:
-        logits = base.model(**batch.inputs, use_cache=False).logits[0]
-    finally:
-        attachment.y_positions = None
-    return torch.nn.functional.cross_entropy(_at_least_float32(logits), batch.labels, reduction="none")
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-@torch.no_grad()
-def mean_loss(
-    base: Base, rows: Sequence[Row], attachment: Attachment, *, batch_size: int = 16, infix: bool = False
-) -> float:
-    """Mean over all y tokens of -log p(y | x), in nats, with whatever is attached."""
-    total = 0.0
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        batch = collate(base, [rows[i] for i in order[start : start + batch_size]])
-        total += forward_loss(base, attachment, batch, infix=infix).item()
-    return total / sum(len(row.y) for row in rows)
 
 
 def make_trainable(

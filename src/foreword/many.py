@@ -27,7 +27,8 @@ from torch import nn
 from foreword.attach import Attachment, Stack, attach
 from foreword.data import Record, Row, collate, column_names, fields_of, record_of, renamed
 from foreword.errors import DataError, ForewordError, PrefixFileError, SettingsError
-from foreword.learner import Learner, check_dev, checkpointing, make_trainable, mean_loss, token_losses
+from foreword.learner import Learner, check_dev, checkpointing, make_trainable
+from foreword.loss import mean_loss, token_losses
 from foreword.prefix import Framing, Prefix
 from foreword.reparam import TrainablePrefix, layers_of
 from foreword.settings import TrainSettings

@@ -26,7 +26,8 @@ from foreword.attach import Attachment, attach
 from foreword.checkpoint import check_out, checkpoint_of, read_checkpoint, write_checkpoint
 from foreword.data import Record, collate
 from foreword.errors import SettingsError
-from foreword.learner import Learner, checkpointing, forward_loss, init_name, make_trainable, mean_loss
+from foreword.learner import Learner, checkpointing, init_name, make_trainable
+from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.settings import TrainSettings
 from foreword.version import __version__
@@ -34,7 +35,7 @@ from foreword.version import __version__
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["FILE_NAME", "TrainSettings", "TrainingProgress", "attach_trainable", "mean_loss", "train"]
+__all__ = ["FILE_NAME", "TrainSettings", "TrainingProgress", "attach_trainable", "train"]
 
 FILE_NAME = "prefix.safetensors"
 """What `save_pretrained` and transformers' `Trainer.save_model` call the file in their folder."""
