@@ -6,8 +6,10 @@
 Each side gets three learning rates with seed 0; the one with the best corpus BLEU on 50 development meaning
 representations is run with two more seeds. If the best is at the grid's edge, the grid grows. Reported is corpus BLEU
 (sacrebleu, lowercased, all references, greedy) on 100 other held-out meaning representations, and a paired bootstrap
-between the best side of PEFT and ours. PEFT trains at its best (eager attention, batches by length); its prefixes are
-read by foreword, whose logits are PEFT's to 1e-4 (tests/test_interop_peft.py), and generate as ours do.
+between the best side of PEFT and ours. PEFT's sides train PEFT's own prompt encoder: its parameters, start and projection.
+To save hours, its keys and values enter the base through foreword's attention, whose logits are PEFT's to 1e-4
+(tests/test_interop_peft.py); each run first compares the two losses of a batch. The trained prefix is read from the file
+that PEFT writes, and generates as ours do.
 
 Every run is one JSON file, written when it is done, so the benchmark can be stopped at any time and goes on where it was.
 Several processes may be started beside each other; they share the runs.
@@ -29,16 +31,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 import foreword
 from benchmarks.e2e_rows import Split, e2e_split
 from benchmarks.peft_side import peft_batch, peft_model
+from foreword.attach import Stack, attach
 from foreword.bases import Base
-from foreword.data import batches, rows_of
+from foreword.data import batches, collate, rows_of
 from foreword.evaluate import paired_bootstrap, score
 from foreword.interop.peft import import_peft
+from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Framing, Prefix, write_atomically
+from foreword.reparam import layers_of
 from foreword.tasks import Example
 
 RESULTS = Path(__file__).with_name("results") / "e2e_quality"
@@ -67,25 +73,48 @@ def train_foreword(base: Base, split: Split, lr: float, seed: int, reparametriza
     return prefix, last_epoch(losses)
 
 
+class PeftPrefix(nn.Module):
+    """PEFT's prompt encoder as what `attach` takes; PEFT's own layout, [P, 2 L G D], is ours."""
+
+    def __init__(self, base: Base, model: Any):
+        super().__init__()
+        self.encoder = model.prompt_encoder["default"]
+        self.shapes = base.shapes
+
+    def forward(self) -> Stack:
+        matrix = self.encoder(torch.arange(LENGTH, device=self.encoder.embedding.weight.device)[None]).float()
+        return Stack({"decoder": layers_of(matrix, self.shapes["decoder"])})
+
+
 def train_peft(base: Base, split: Split, lr: float, seed: int, projection: bool) -> tuple[Prefix, float]:
     """The same rows, batches, optimizer, schedule and clipping; only the prefix and its start are PEFT's."""
     torch.manual_seed(seed)
     model = peft_model(base, length=LENGTH, projection=projection, attention="eager")
     rows = rows_of(base, split.train, Framing(), length=LENGTH)
+    with torch.no_grad():
+        theirs = model(**peft_batch(base, rows[:4])).loss.item()
+    # as foreword's own: small steps would be lost in bfloat16
+    model.prompt_encoder.float()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     steps = EPOCHS * math.ceil(len(rows) / BATCH)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
     losses = []
-    for epoch in range(EPOCHS):
-        for indices in batches(rows, BATCH, seed=seed, epoch=epoch):
-            loss = model(**peft_batch(base, [rows[i] for i in indices])).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.item())
+    with attach(base.model, PeftPrefix(base, model)) as attachment:
+        with torch.no_grad():
+            ours = mean_loss(base, rows[:4], attachment)
+        if not math.isclose(ours, theirs, rel_tol=0.01 if base.dtype == torch.bfloat16 else 1e-4):
+            raise SystemExit(f"expected PEFT's own loss on the first rows, {theirs:.4f}; got {ours:.4f}")
+        for epoch in range(EPOCHS):
+            for indices in batches(rows, BATCH, seed=seed, epoch=epoch):
+                batch = collate(base, [rows[i] for i in indices])
+                loss = forward_loss(base, attachment, batch) / len(batch.labels)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                losses.append(loss.item())
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         model.unload()

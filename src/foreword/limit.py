@@ -1,0 +1,128 @@
+"""The machine's limit: how fast training could be if it were nothing but matrix products at the machine's own rate.
+
+Counted are the floating-point operations that a step needs at the least: the forward pass; the backward pass of the
+activations down to the first layer's prefix, and none for frozen weights; attention over prefix and tokens; logits at the
+positions of y alone. They are held against the rate of a product of the base's own widest weight with as many tokens as a
+batch has.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from foreword.attach import sections_of
+from foreword.data import Row
+
+if TYPE_CHECKING:
+    from foreword.bases import Base
+
+__all__ = ["Work", "product_rate"]
+
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "o")
+"""What the families call the projection that follows attention."""
+
+_OF_X = ("k_proj", "v_proj", "k", "v")
+"""What they call those projections of cross-attention that see x."""
+
+
+class Work:
+    """Floating-point operations that training needs for a row.
+
+    Args:
+        base: the frozen base.
+        length: P.
+    """
+
+    def __init__(self, base: Base, length: int):
+        model = base.model
+        sections = sections_of(model)
+        self.base, self.length = base, length
+        # two products forward, four backward; but nothing that learns is below the first layer's queries
+        self._attention = {
+            section: 2 * sum(_width(m) * (5 if i == 0 and section != "cross" else 6) for i, m in enumerate(modules))
+            for section, modules in sections.items()
+        }
+        skipped = {id(model.get_output_embeddings().weight)}
+        skipped |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        # the first layer's queries, keys and values are of tokens alone: nothing that learns is below them, or OPT's project_in
+        first = {
+            id(p)
+            for section, modules in sections.items()
+            if section != "cross"
+            for name, child in modules[0].named_children()
+            if name not in _OUTPUTS
+            for p in child.parameters()
+        }
+        of_x = set()
+        if base.is_encoder_decoder:
+            of_x = {id(p) for p in model.get_encoder().parameters()}
+            of_x |= {
+                id(p)
+                for module in sections["cross"]
+                for name, child in module.named_children()
+                if name in _OF_X
+                for p in child.parameters()
+            }
+        self._of_x = self._of_y = 0
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and not parameter.requires_grad and id(parameter) not in skipped:
+                # a multiplication and an addition, forward, and backward
+                below = id(parameter) in first or "project_in" in name
+                needed = parameter.numel() * 2 * (1 if below else 2)
+                if id(parameter) in of_x:
+                    self._of_x += needed
+                else:
+                    self._of_y += needed
+
+    def of(self, row: Row) -> float:
+        """For one row, forward and backward."""
+        x, y, length = len(row.x), len(row.y), self.length
+        vocab, hidden = self.base.embeddings.shape
+        total: float = 2 * 2 * hidden * vocab * y
+        if self.base.is_encoder_decoder:
+            total += self._of_x * x + self._of_y * y
+            pairs = {"encoder": x * (length + x), "decoder": _causal(y, length), "cross": y * (length + x)}
+        else:
+            # the last token predicts nothing
+            total += self._of_y * (x + y - 1)
+            pairs = {"decoder": _causal(x + y - 1, length)}
+        return total + sum(self._attention[section] * count for section, count in pairs.items())
+
+
+def _causal(tokens: int, length: int) -> float:
+    """Pairs of a token and what it sees."""
+    return tokens * (length + (tokens + 1) / 2)
+
+
+def _width(attention: nn.Module) -> int:
+    """H·D of an attention layer."""
+    output = next(getattr(attention, name) for name in _OUTPUTS if hasattr(attention, name))
+    # transformers' Conv1D, GPT-2's, has its weight the other way round
+    return int(output.in_features if isinstance(output, nn.Linear) else output.weight.shape[0])
+
+
+@torch.no_grad()
+def product_rate(base: Base, tokens: int, *, seconds: float = 1.0) -> float:
+    """Operations a second of the product of `tokens` tokens with the base's widest weight, the best of many tries."""
+    weight = max(
+        (p for p in base.model.parameters() if p.ndim == 2 and p is not base.embeddings), key=torch.Tensor.numel
+    )
+    x = torch.randn(tokens, weight.shape[1], dtype=base.dtype, device=base.device)
+    best, until = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        _wait(base)
+        began = time.perf_counter()
+        for _ in range(10):
+            nn.functional.linear(x, weight)
+        _wait(base)
+        best = max(best, 10 * 2 * x.shape[0] * weight.numel() / (time.perf_counter() - began))
+    return best
+
+
+def _wait(base: Base) -> None:
+    if base.device.type == "cuda":
+        torch.cuda.synchronize(base.device)

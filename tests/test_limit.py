@@ -1,0 +1,66 @@
+"""The count of operations against torch's own counter over a training step as it is run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from foreword.attach import attach
+from foreword.bases import Base
+from foreword.data import Row, collate
+from foreword.limit import Work, product_rate
+from foreword.loss import forward_loss
+from foreword.reparam import trainable_prefix
+from tests.tiny import BUILDERS, tiny_model, tiny_tokenizer
+
+
+class Counter(TorchDispatchMode):
+    """torch's own count, without its view by modules, which a function that differentiates inside disturbs."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def base_of(family: str) -> Base:
+    return Base(tiny_model(family), tiny_tokenizer(family), f"tiny {family}")
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_step_needs_what_torch_counts(family: str) -> None:
+    base, length = base_of(family), 5
+    row = Row(list(range(7, 18)), list(range(20, 33)))
+    attachment = attach(base.model, trainable_prefix(base, length=length))
+    batch = collate(base, [row])
+    with Counter() as counter:
+        forward_loss(base, attachment, batch).backward()
+    counted = counter.total
+    needed = Work(base, length).of(row)
+    # masked scores are computed all the same, and the vocabulary is looked up once for its size
+    x, y = len(row.x), len(row.y)
+    vocab, hidden = base.embeddings.shape
+    causal = y if base.is_encoder_decoder else x + y - 1
+    masked = Work(base, length)._attention["decoder"] * causal * (causal - 1) / 2
+    assert counted == pytest.approx(needed + masked + 2 * hidden * vocab, rel=1e-9)
+
+
+def test_more_of_anything_needs_more() -> None:
+    base = base_of("llama")
+    needed = Work(base, 5).of(Row([1] * 7, [2] * 3))
+    assert Work(base, 50).of(Row([1] * 7, [2] * 3)) > needed
+    assert Work(base, 5).of(Row([1] * 8, [2] * 3)) > needed
+    # a token of y has its logits too
+    assert Work(base, 5).of(Row([1] * 7, [2] * 4)) > Work(base, 5).of(Row([1] * 8, [2] * 3))
+
+
+def test_the_rate_is_of_this_machine() -> None:
+    rate = product_rate(base_of("llama"), 13, seconds=0.05)
+    assert 0 < rate < 1e16
+    assert isinstance(rate, float)
