@@ -4,11 +4,11 @@
     python -m benchmarks.train_vs_peft --dtype float32 --json benchmarks/results/train_vs_peft-float32.json
 
 Sides: `foreword`; `peft`, as its documentation has it (forward with labels, shuffled batches padded to the longest,
-default attention); `peft-best` (eager attention, our batches by length). Same base, rows, batch size, length, dtype and
-optimizer. Each side runs in a process of its own, so that peak memory can be compared, and the sides take turns for several
-rounds. Tokens are real ones, x and y; padding and virtual tokens are not counted. Beside them stands the machine's limit:
-the floating-point operations that a step needs at the least (forward; backward to the prefix, with no gradient for
-frozen weights; logits at y only) over the rate of a matrix product of the same shape, measured in the same run.
+default attention); `peft-eager` and `peft-sdpa`, with that attention and our batches by length, the faster of which is PEFT
+at its best; `full`, full fine-tuning with our batches. Same base, rows, batch size, length, dtype and optimizer. Each side
+runs in a process of its own, so that peak memory can be compared, and the sides take turns for several rounds. Tokens are
+real ones, x and y; padding and virtual tokens are not counted. Beside them stands the machine's limit, measured in the same
+run: see foreword.limit. `benchmarks.train_speed` does this for many sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ from benchmarks.e2e_rows import DATA, e2e_split
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate, read_records, rows_of
+from foreword.limit import Work, product_rate
 from foreword.loss import forward_loss
 from foreword.prefix import Framing
 from foreword.reparam import trainable_prefix
 
-SIDES = ("foreword", "peft", "peft-best")
+SIDES = ("foreword", "peft", "peft-eager", "peft-sdpa", "full")
+BEST = ("peft-eager", "peft-sdpa")
 Step = Callable[[list[Row]], None]
 
 
@@ -56,31 +58,33 @@ def rows_named(base: Base, name: str, length: int, count: int) -> list[Row]:
     return rows_of(base, records[:count], framing, length=length)
 
 
-def foreword_step(base: Base, length: int, rows: list[Row]) -> Step:
-    trainable = trainable_prefix(base, length=length, start=(rows[0].x, rows[0].y))
-    attachment = attach(base.model, trainable)
-    optimizer = torch.optim.AdamW(trainable.parameters(), lr=1e-3, weight_decay=0.0)
-
-    def step(chosen: list[Row]) -> None:
-        batch = collate(base, chosen)
-        (forward_loss(base, attachment, batch) / len(batch.labels)).backward()
-        torch.nn.utils.clip_grad_norm_(trainable.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def peft_step(base: Base, length: int, attention: str | None) -> Step:
+def step_of(side: str, base: Base, length: int, rows: list[Row]) -> Step:
+    """What one training step of a side is."""
+    if side == "foreword":
+        trainable = trainable_prefix(base, length=length, start=(rows[0].x, rows[0].y))
+        attachment = attach(base.model, trainable)
+        return _step(list(trainable.parameters()), lambda chosen: _mean_loss(base, attachment, collate(base, chosen)))
     from benchmarks.peft_side import peft_batch, peft_model
 
-    model = peft_model(base, length=length, attention=attention)
+    if side == "full":
+        model: Any = base.model
+        model.requires_grad_(True)
+    else:
+        model = peft_model(base, length=length, attention=side.partition("-")[2] or None)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    return _step(parameters, lambda chosen: model(**peft_batch(base, chosen)).loss)
+
+
+def _mean_loss(base: Base, attachment: Any, batch: Any) -> torch.Tensor:
+    return forward_loss(base, attachment, batch) / len(batch.labels)
+
+
+def _step(parameters: list[torch.nn.Parameter], loss: Callable[[list[Row]], torch.Tensor]) -> Step:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
 
     def step(chosen: list[Row]) -> None:
-        model(**peft_batch(base, chosen)).loss.backward()
+        loss(chosen).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -113,10 +117,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
     rows = rows_named(base, options.rows, options.length, options.count)
     loaded = peak_memory(base)
-    if options.side == "foreword":
-        step = foreword_step(base, options.length, rows)
-    else:
-        step = peft_step(base, options.length, "eager" if options.side == "peft-best" else None)
+    step, work = step_of(options.side, base, options.length, rows), Work(base, options.length)
     turns = plan(options.side, rows, options.batch)
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])
@@ -128,7 +129,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
         step(chosen)
         tokens += sum(map(len, chosen))
         count += len(chosen)
-        needed += sum(operations(base, row, options.length) for row in chosen)
+        needed += sum(map(work.of, chosen))
     synchronize(base)
     seconds = time.perf_counter() - began
     mean_tokens = round(options.batch * tokens / count)
@@ -148,44 +149,24 @@ def peak_memory(base: Base) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def operations(base: Base, row: Row, length: int) -> float:
-    """Floating-point operations that one row's step needs at the least.
-
-    Products with frozen weights: one forward, and one backward for the gradient of the activations, which the first
-    layer's queries, and all before its attention, don't need. Attention: each token with the prefix and the tokens
-    before it. Logits and their gradient at the positions of y alone.
-    """
-    model = base.model
-    width, vocab = base.embeddings.shape[1], base.embeddings.shape[0]
-    layers = len(base.shapes["decoder"])
-    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and p.shape[0] != vocab)
-    tokens = len(row) - 1
-    linear = 2 * weights * tokens * (2 - 1 / layers)
-    heads = model.config.num_attention_heads * base.shapes["decoder"][0][1]
-    attention = 2 * 2 * heads * tokens * (length + (tokens + 1) / 2) * 3 * layers
-    logits = 2 * 2 * width * vocab * len(row.y)
-    return linear + attention + logits
-
-
-def product_rate(base: Base, tokens: int) -> float:
-    """Operations a second of the base's own widest layer's product with a batch of `tokens` tokens."""
-    weight = max(
-        (p for p in base.model.parameters() if p.ndim == 2 and p is not base.embeddings), key=torch.Tensor.numel
-    )
-    x = torch.randn(tokens, weight.shape[1], dtype=base.dtype, device=base.device)
-    best = 0.0
-    with torch.no_grad():
-        for _ in range(5):
-            synchronize(base)
-            began = time.perf_counter()
-            for _ in range(20):
-                torch.nn.functional.linear(x, weight)
-            synchronize(base)
-            best = max(best, 20 * 2 * x.shape[0] * weight.numel() / (time.perf_counter() - began))
-    return best
-
-
 def main() -> None:
+    options = parser().parse_args()
+    if options.side:
+        print("\n" + json.dumps(run_side(options)))
+        return
+    result = compare(options)
+    table = Table(*COLUMNS, title=f"{result['name']}, median of {options.rounds}")
+    for line in lines_of(result):
+        table.add_row(*line)
+    Console().print(table)
+    if options.json:
+        write(options.json, [result])
+
+
+COLUMNS = ("side", "tokens/s", "rows/s", "peak MiB", "of the limit", "foreword is faster by", "foreword's memory")
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--rows", choices=("e2e", "long"), default="e2e")
@@ -200,53 +181,82 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        print("\n" + json.dumps(run_side(options)))
-        return
+    return parser
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Run every side in turn, each in its own process; a side that dies, of memory, has no figures."""
+    names = ("base", "rows", "batch", "length", "dtype", "device", "count", "seconds", "warm")
+    given = [
+        part
+        for name in names
+        if getattr(options, name) is not None
+        for part in (f"--{name}", str(getattr(options, name)))
+    ]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for _ in range(options.rounds):
         for side in options.sides:
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_vs_peft", "--side", side, *sys.argv[1:]]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[side].append(json.loads(output.strip().splitlines()[-1]))
-    report(options, found)
-
-
-def report(options: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> None:
-    median = {
-        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in found.items()
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_vs_peft", "--side", side, *given]
+            ended = subprocess.run(command, capture_output=True, text=True)
+            if ended.returncode == 0:
+                found[side].append(json.loads(ended.stdout.strip().splitlines()[-1]))
+            elif ended.returncode != -9 and "not enough memory" not in ended.stderr + ended.stdout:
+                raise SystemExit(f"{side} failed:\n{ended.stderr[-2000:]}")
+    return {
+        "name": f"{options.rows} rows, batch {options.batch}, prefix {options.length}, {options.dtype}",
+        "settings": {name: getattr(options, name) for name in (*names, "rounds")},
+        "median": {
+            side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            for side, runs in found.items()
+            if runs
+        },
+        "rounds": found,
     }
-    table = Table(
-        "side", "tokens/s", "rows/s", "peak MiB", "of the limit", "foreword is faster by",
-        title=f"{options.rows} rows, batch {options.batch}, prefix {options.length}, {options.dtype}, median of {options.rounds}",
-    )  # fmt: skip
+
+
+def lines_of(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    """A line a side, as in `COLUMNS`."""
+    median = result["median"]
+    # each side measured the limit in its own process: the best of them is the machine's
+    limit = max(m["limit_tokens_per_second"] for m in median.values())
     ours = median.get("foreword")
-    for side, m in median.items():
-        # each side measured the limit in its own process; the median of all is the machine's
-        limit = statistics.median(run["limit_tokens_per_second"] for run in found[side])
-        ratio = (
-            "" if ours is None or side == "foreword" else f"{ours['tokens_per_second'] / m['tokens_per_second']:.2f}"
-        )
-        table.add_row(
-            side, f"{m['tokens_per_second']:,.0f}", f"{m['rows_per_second']:.1f}", f"{m['peak_mib']:,.0f}",
-            f"{m['tokens_per_second'] / limit:.0%}", ratio,
-        )  # fmt: skip
-    Console().print(table)
-    if options.json:
-        settings: dict[str, Any] = {k: v for k, v in vars(options).items() if k not in ("json", "side")}
-        result = {
-            "settings": settings,
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-            },
-            "median": median,
-            "rounds": found,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for side in result["rounds"]:
+        m = median.get(side)
+        if m is None:
+            yield [side, "out of memory", *[""] * 5]
+            continue
+        beside = ["", ""]
+        if ours is not None and side != "foreword":
+            beside = [
+                f"{ours['tokens_per_second'] / m['tokens_per_second']:.2f}",
+                f"{ours['peak_mib'] / m['peak_mib']:.2f}",
+            ]
+        yield [
+            side,
+            f"{m['tokens_per_second']:,.0f}",
+            f"{m['rows_per_second']:.1f}",
+            f"{m['peak_mib']:,.0f}",
+            f"{m['tokens_per_second'] / limit:.0%}",
+            *beside,
+        ]
+
+
+def write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    machine = {
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "foreword": foreword.__version__,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "results": list(results)}, indent=1) + "\n")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

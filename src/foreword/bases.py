@@ -113,6 +113,11 @@ class Base:
         assert isinstance(weight, torch.Tensor)
         return weight
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The base's own, tied ones once; an attached trainable prefix is the model's submodule `foreword`."""
+        return {name: p for name, p in self.model.named_parameters() if not name.startswith("foreword.")}
+
     @cached_property
     def shapes(self) -> dict[str, list[tuple[int, int]]]:
         """For each section, (G, D) of each layer: its number of key/value heads and its head dimension."""
@@ -130,9 +135,7 @@ class Base:
         which changes the fingerprint; a change that flips none of those read does not show.
         """
         digest = hashlib.sha256(json.dumps(_told(self.model.config), sort_keys=True).encode())
-        # named_parameters names tied weights once; an attached trainable prefix is the submodule `foreword`
-        own = {name: p for name, p in self.model.named_parameters() if not name.startswith("foreword.")}
-        for name, parameter in sorted(own.items()):
+        for name, parameter in sorted(self.parameters.items()):
             digest.update(f"{name} {list(parameter.shape)} ".encode())
             digest.update(_signs(parameter.detach()).cpu().numpy().tobytes())
         return digest.hexdigest()

@@ -68,8 +68,8 @@ class Work:
                 for p in child.parameters()
             }
         self._of_x = self._of_y = 0
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and not parameter.requires_grad and id(parameter) not in skipped:
+        for name, parameter in base.parameters.items():
+            if parameter.ndim == 2 and id(parameter) not in skipped:
                 # a multiplication and an addition, forward, and backward
                 below = id(parameter) in first or "project_in" in name
                 needed = parameter.numel() * 2 * (1 if below else 2)
@@ -109,7 +109,7 @@ def _width(attention: nn.Module) -> int:
 def product_rate(base: Base, tokens: int, *, seconds: float = 1.0) -> float:
     """Operations a second of the product of `tokens` tokens with the base's widest weight, the best of many tries."""
     weight = max(
-        (p for p in base.model.parameters() if p.ndim == 2 and p is not base.embeddings), key=torch.Tensor.numel
+        (p for p in base.parameters.values() if p.ndim == 2 and p is not base.embeddings), key=torch.Tensor.numel
     )
     x = torch.randn(tokens, weight.shape[1], dtype=base.dtype, device=base.device)
     best, until = 0.0, time.perf_counter() + seconds

@@ -11,12 +11,14 @@ so the forward pass leaves one hidden-sized gradient a token, which the backward
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from foreword.attach import Attachment
 from foreword.data import Batch, Row, collate
+from foreword.saving import without_activations
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -38,7 +40,8 @@ def forward_loss(base: Base, attachment: Attachment, batch: Batch, *, infix: boo
 def token_losses(base: Base, attachment: Attachment, batch: Batch, *, infix: bool = False) -> torch.Tensor:
     """[N], -log p of each y token of the batch, in float32; in float64 where the base computes in it."""
     attachment.infix = batch.infix if infix else None
-    states = attachment.states_at(batch.y_positions, batch.inputs)
+    with without_activations(base.model) if torch.is_grad_enabled() else nullcontext():
+        states = attachment.states_at(batch.y_positions, batch.inputs)
     losses: torch.Tensor = _TokenLosses.apply(states, attachment.logits, batch.labels, torch.is_grad_enabled())
     return losses
 

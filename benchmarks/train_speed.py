@@ -1,0 +1,76 @@
+"""Training speed at many sizes: foreword, PEFT's prefix tuning and full fine-tuning, and the machine's limit.
+
+    python -m benchmarks.train_speed --quick                                  # the headline row, in three minutes
+    python -m benchmarks.train_speed --json benchmarks/results/train_speed.json
+    python -m benchmarks.train_speed --device cuda --dtypes bfloat16 --json benchmarks/results/train_speed-cuda.json
+
+Each row of the grid is a `benchmarks.train_vs_peft`; see there for what the sides and the figures are. A JSON file that is
+there already is gone on from. E2E rows have about 60 tokens; long ones are summarization rows, 512 tokens at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import train_vs_peft as one
+
+HEADLINE = {"rows": "e2e", "batch": 16, "length": 10, "dtype": "bfloat16"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--device")
+    parser.add_argument("--rows", nargs="+", default=["e2e", "long"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 4, 64])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[10, 200])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--sides", nargs="+", choices=one.SIDES, default=list(one.SIDES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=15, help="each side, each round")
+    parser.add_argument("--quick", action="store_true", help="the headline row alone, less long")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    names = ("rows", "batch", "length", "dtype")
+    grid = [
+        dict(zip(names, cell, strict=True))
+        for cell in itertools.product(options.rows, options.batches, options.lengths, options.dtypes)
+    ]
+    if options.quick:
+        grid, options.seconds, options.sides = [HEADLINE], 6.0, ["foreword", "peft", "peft-eager"]
+    results: list[dict[str, Any]] = []
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text())["results"]
+    console = Console()
+    for cell in grid:
+        if any(all(r["settings"][k] == v for k, v in cell.items()) for r in results):
+            continue
+        shared = ["--base", options.base, "--rounds", str(options.rounds), "--seconds", str(options.seconds)]
+        shared += ["--device", options.device] if options.device else []
+        own = [part for key, value in cell.items() for part in (f"--{key}", str(value))]
+        results.append(one.compare(one.parser().parse_args([*shared, *own, "--sides", *options.sides])))
+        show(console, results[-1:])
+        if options.json:
+            one.write(options.json, results)
+    if len(grid) > 1:
+        show(console, results)
+
+
+def show(console: Console, results: list[dict[str, Any]]) -> None:
+    table = Table("row", *one.COLUMNS)
+    for result in results:
+        for i, line in enumerate(one.lines_of(result)):
+            table.add_row("" if i else result["name"], *line)
+        table.add_section()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
