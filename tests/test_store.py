@@ -22,12 +22,10 @@ from safetensors.torch import save
 
 import foreword.store
 from foreword.bases import Base
-from foreword.errors import ForewordError, PrefixFileError, SettingsError, WrongBaseError
+from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, StoreError, WrongBaseError
 from foreword.prefix import Card, Prefix
 from foreword.store import (
-    NoSuchPrefixError,
     Store,
-    StoreError,
     Token,
     Version,
     check_name,
@@ -1179,5 +1177,4 @@ def test_leftovers_of_a_crash_on_disk(tmp_path: Path) -> None:
 def test_public_names() -> None:
     assert sorted(foreword.store.__all__) == foreword.store.__all__
     assert all(hasattr(foreword.store, name) for name in foreword.store.__all__)
-    assert issubclass(StoreError, ForewordError)
     assert repr(Token(time=1, seen=frozenset({"x"}))) == "Token(time=1)"
