@@ -212,6 +212,19 @@ def test_rows_with_one_prefix_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stacked == [2]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
+def test_the_head_is_handed_whole_memory(family: str) -> None:
+    """A slice of several rows would make torch copy the head's matrix once a row."""
+    base = base_of(family)
+    seen: list[bool] = []
+    head = base.model.get_output_embeddings()
+    with head.register_forward_hook(lambda head, args, out: seen.append(args[0].is_contiguous())):
+        generate(base, INPUTS, settings=GenerateSettings(max_new_tokens=3))
+    assert seen
+    assert all(seen)
+    assert not head._forward_pre_hooks
+
+
 def test_progress_is_told_batch_by_batch() -> None:
     base = base_of("gpt2")
     done: list[int] = []

@@ -16,15 +16,16 @@ import pytest
 import torch
 from test_training import Killed, base_bytes, cached_base, content, fresh_base, own_prefix, settings_of
 from tiny import BUILDERS, CONTEXT
+from tokenizers import normalizers
 
 import foreword.many
 from foreword.bases import Base
-from foreword.errors import DataError, SettingsError, WrongBaseError
+from foreword.errors import DataError, NoSuchPrefixError, SettingsError, WrongBaseError
 from foreword.learner import Learner
 from foreword.many import UserFile, UserReport, train_many
 from foreword.prefix import Framing, Prefix
-from foreword.reparam import matrices_of
-from foreword.store import NoSuchPrefixError, Store, Version
+from foreword.reparam import MLPPrefix, matrices_of
+from foreword.store import Store, Version
 from foreword.training import TrainSettings, train
 
 Rows = list[dict[str, Any]]
@@ -111,7 +112,13 @@ def assert_equal(ours: Prefix, theirs: Prefix, tolerance: float) -> None:
     for section, matrix in matrices64(theirs).items():
         torch.testing.assert_close(matrices64(ours)[section], matrix, rtol=0, atol=tolerance)
     assert ours.card.metrics == pytest.approx(theirs.card.metrics, abs=tolerance)
-    assert dict(ours.card.training) == dict(theirs.card.training)
+    assert trained(ours) == dict(theirs.card.training)
+
+
+def trained(prefix: Prefix) -> dict[str, Any]:
+    """What the card says of the training, but for the hash of the rows that many users' prefixes have beside it."""
+    assert len(prefix.card.training["source"]) == 64
+    return {name: value for name, value in prefix.card.training.items() if name != "source"}
 
 
 def matrices64(prefix: Prefix) -> dict[str, torch.Tensor]:
@@ -479,6 +486,55 @@ def test_what_decides_the_outcome_is_trained_anew(tmp_path: Path) -> None:
     last = {"init_from": warm_start(cached_base())}
     reports = {report.user: report.skipped for report in run(store, user_file(tmp_path / "v.jsonl", users), **last)}
     assert reports == {"ann": True, "bob": False}
+
+
+def test_who_is_done_is_known_without_tokenizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, data, dev = memory(), user_file(tmp_path / "u.jsonl", USERS), user_file(tmp_path / "d.jsonl", DEV)
+    run(store, data, dev=dev)
+    more = user_file(tmp_path / "v.jsonl", {user: [{**r, "more": 1} for r in rows] for user, rows in USERS.items()})
+    began: list[str] = []
+
+    class Counted(Learner):
+        def __init__(self, base: Base, records: Any, **given: Any) -> None:
+            began.append(records[0]["input"][:3])
+            super().__init__(base, records, **given)
+
+    monkeypatch.setattr(foreword.many, "Learner", Counted)
+    assert all(report.skipped for report in run(store, data, dev=dev))
+    assert began == []
+    # other text, in a column that nothing reads: the tokens tell that it is the same
+    assert all(report.skipped for report in run(store, more, dev=dev))
+    assert sorted(began) == sorted(USERS)
+
+
+def test_another_tokenizer_makes_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, data, base = memory(), user_file(tmp_path / "u.jsonl", USERS), fresh_base()
+
+    def skipped() -> set[bool]:
+        reports = list(train_many(base, data, store, settings=settings_of(epochs=1)))
+        assert not any(report.error for report in reports)
+        return {report.skipped for report in reports}
+
+    assert [skipped(), skipped()] == [{False}, {True}]
+    base.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "_")
+    assert [skipped(), skipped()] == [{False}, {True}]
+    # one that cannot be hashed whole: the tokens are looked at
+    monkeypatch.setattr(type(base.tokenizer), "backend_tokenizer", None)
+    assert skipped() == {True}
+    base.tokenizer.eos_token = "<a>"
+    assert [skipped(), skipped()] == [{False}, {True}]
+
+
+def test_a_step_computes_each_prefix_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed, steps = [], []
+    matrices = MLPPrefix.matrices
+    monkeypatch.setattr(MLPPrefix, "matrices", lambda self: computed.append(id(self)) or matrices(self))
+    settings = settings_of(reparametrization="mlp", hidden=13, epochs=2, batch_size=8)
+    data = user_file(tmp_path / "u.jsonl", USERS)
+    many(cached_base(), data, settings=settings, slots=5, rows_at_once=1, on_step=steps.append)
+    assert steps == [sum(SIZES.values())] * 2
+    # in each of two steps of 20 batches, and when folded
+    assert len(computed) == 5 * (2 + 1)
 
 
 def test_a_damaged_prefix_is_trained_anew(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import signal
@@ -22,12 +23,10 @@ from safetensors.torch import save
 
 import foreword.store
 from foreword.bases import Base
-from foreword.errors import ForewordError, PrefixFileError, SettingsError, WrongBaseError
+from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, StoreError, WrongBaseError
 from foreword.prefix import Card, Prefix
 from foreword.store import (
-    NoSuchPrefixError,
     Store,
-    StoreError,
     Token,
     Version,
     check_name,
@@ -109,10 +108,30 @@ def probe() -> Iterator[type[ProbeFileSystem]]:
     ProbeFileSystem.before = None
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """An S3 bucket on this machine. s3fs and moto are in no extra: aiobotocore wants an older python-dateutil than ours."""
+    pytest.importorskip("s3fs", reason="needs pip install s3fs")
+    server = pytest.importorskip("moto.server", reason="needs pip install 'moto[server]'").ThreadedMotoServer(port=0)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            patch.setenv(name, "us-east-1")
+        fsspec.filesystem("s3").mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "local":
         yield str(tmp_path / "store")
+        return
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
         return
     yield "memory://store-under-test"
     MemoryFileSystem.store.clear()
@@ -1179,5 +1198,4 @@ def test_leftovers_of_a_crash_on_disk(tmp_path: Path) -> None:
 def test_public_names() -> None:
     assert sorted(foreword.store.__all__) == foreword.store.__all__
     assert all(hasattr(foreword.store, name) for name in foreword.store.__all__)
-    assert issubclass(StoreError, ForewordError)
     assert repr(Token(time=1, seen=frozenset({"x"}))) == "Token(time=1)"

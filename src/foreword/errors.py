@@ -11,6 +11,8 @@ to do. The command line prints that line and exits with 2. Our own mistakes are 
     │   └── TooLongError     prefix and tokens exceed the base's context
     ├── SettingsError        a setting out of its range, or two that exclude each other
     ├── TrainingError        training cannot go on: the loss is not finite, the checkpoint is another run's
+    ├── StoreError           no store there, or a name that cannot be one
+    │   └── NoSuchPrefixError   no prefix of that name, or no such version of it
     └── MissingExtraError    an optional package is not installed
 """
 
@@ -21,8 +23,10 @@ __all__ = [
     "DataError",
     "ForewordError",
     "MissingExtraError",
+    "NoSuchPrefixError",
     "PrefixFileError",
     "SettingsError",
+    "StoreError",
     "TooLongError",
     "TrainingError",
     "WrongBaseError",
@@ -59,6 +63,14 @@ class SettingsError(ForewordError):
 
 class TrainingError(ForewordError):
     """Training cannot start or go on."""
+
+
+class StoreError(ForewordError):
+    """No store there, or a name that cannot be one."""
+
+
+class NoSuchPrefixError(StoreError):
+    """No prefix of that name, or no such version of it."""
 
 
 class MissingExtraError(ForewordError):

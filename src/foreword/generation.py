@@ -211,7 +211,9 @@ def _run(
             before = [tokens.shape[1] - 1 if prefix is not None and prefix.infix else 0 for prefix in prefixes]
             context.infix = torch.tensor(before)
     skip = 1 if base.is_encoder_decoder else tokens.shape[1]
-    with context, _only(base, _config(base, settings, budget)) as config:
+    # transformers hands the head a slice of the hidden states, for which torch would copy the head's matrix once a row
+    whole = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
+    with context, whole, _only(base, _config(base, settings, budget)) as config:
         output = model.generate(  # type: ignore[operator]
             input_ids=tokens.to(base.device),
             attention_mask=mask.to(base.device),

@@ -12,111 +12,34 @@ is done, the next takes the slot. A user whose data cannot be used, or whose los
 
 from __future__ import annotations
 
+import hashlib
 import json
-import unicodedata
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import tokenizers
 import torch
+import transformers
 from torch import nn
 
 from foreword.attach import Attachment, Stack, attach
-from foreword.data import Record, Row, collate, column_names, fields_of, record_of, renamed
-from foreword.errors import DataError, ForewordError, PrefixFileError, SettingsError
+from foreword.data import Record, Row, collate, fields_of
+from foreword.errors import ForewordError, NoSuchPrefixError, PrefixFileError, SettingsError
 from foreword.learner import Learner, check_dev, checkpointing, make_trainable
-from foreword.loss import mean_loss, token_losses
-from foreword.prefix import Framing, Prefix
+from foreword.loss import token_losses
+from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import TrainablePrefix, layers_of
 from foreword.settings import TrainSettings
-from foreword.store import NoSuchPrefixError, Store, Version
+from foreword.store import Store, Version
+from foreword.users import UserFile
+from foreword.version import __version__
 
 if TYPE_CHECKING:
     from foreword.bases import Base
 
 __all__ = ["UserFile", "UserReport", "train_many"]
-
-
-class UserFile:
-    """A JSONL file of many users' rows, of which only the places of each user's lines are held in memory.
-
-    Users are told apart as the store tells names apart: in Unicode's form NFC.
-
-    Args:
-        path: the file, UTF-8. A user's lines need not stand together.
-        by: the column that names the user.
-        input, output: the columns that hold x and y.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        SettingsError: one column is to be both x and y.
-        DataError: the file is empty, a line is no JSON object, or names no user.
-    """
-
-    def __init__(self, path: str | PathLike[str], by: str = "user", *, input: str = "input", output: str = "output"):
-        self.path, self.by = Path(path), by
-        self._names = column_names(input, output)
-        self._places: dict[str, array[int]] = {}
-        place = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{self.path}, line {number}"
-                text = _text_of(line, where)
-                if text.strip():
-                    user = self._user_of(record_of(text, where), where)
-                    if user not in self._places:
-                        self._places[user] = array("Q")
-                    self._places[user].append(place)
-                place += len(line)
-        if not self._places:
-            raise DataError(f"{self.path}: expected at least one record; the file has none")
-
-    def _user_of(self, record: Record, where: str) -> str:
-        user = record.get(self.by)
-        if not isinstance(user, str) or not user:
-            came = "no such column" if self.by not in record else ascii(user)[:80]
-            raise DataError(f"{where}: expected a user's name in the column {self.by!r}; got {came}")
-        return unicodedata.normalize("NFC", user)
-
-    @property
-    def users(self) -> list[str]:
-        """Every user, in the order of their first lines."""
-        return list(self._places)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._places.values()))
-
-    def rows(self, user: str) -> int:
-        """How many rows a user has."""
-        return len(self._places.get(user, ()))
-
-    def records(self, user: str) -> list[Record]:
-        """A user's records, read from the disk now.
-
-        Raises:
-            DataError: a record lacks a column that was named; or the file is no longer the one that was looked through.
-        """
-        records: list[Record] = []
-        with self.path.open("rb") as file:
-            for number, place in enumerate(self._places.get(user, ()), 1):
-                file.seek(place)
-                where = f"{self.path}, record {number} of {user!a}"
-                record = record_of(_text_of(file.readline(), where), where)
-                # nobody's rows may get into another's prefix
-                if self._user_of(record, where) != user:
-                    raise DataError(f"{self.path}: the file was changed while it was read: run this again")
-                records.append(renamed(record, self._names, where))
-        return records
-
-
-def _text_of(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: expected UTF-8; byte {error.start} of the line is not: convert the file") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,21 +70,30 @@ class UserReport:
 
 
 class _Slots(nn.Module):
-    """The prefixes that train at present, side by side."""
+    """The prefixes that train at present, side by side.
 
-    def __init__(self, trainables: Iterable[TrainablePrefix]):
+    P_θ of all of them, [K, P, W] a section, is computed once a step. What the base's passes see is cut off from how it
+    was computed: there gradients gather, and `backward` takes them on, so that a step's batches share one pass through
+    the MLPs.
+    """
+
+    def __init__(self, trainables: Sequence[TrainablePrefix]):
         super().__init__()
         self.slots = nn.ModuleList(trainables)
+        self.shapes = trainables[0].shapes
+
+    def compute(self) -> None:
+        """Compute P_θ of every slot from its parameters as they are."""
+        own = [trainable.matrices() for trainable in self.slots]  # type: ignore[operator]
+        self.computed = {section: torch.stack([matrices[section] for matrices in own]) for section in self.shapes}
+        self.seen = {section: matrix.detach().requires_grad_() for section, matrix in self.computed.items()}
 
     def forward(self) -> Stack:
-        trainables: list[TrainablePrefix] = list(self.slots)  # type: ignore[arg-type]
-        matrices = [trainable.matrices() for trainable in trainables]
-        return Stack(
-            {
-                section: layers_of(torch.stack([own[section] for own in matrices]), layers)
-                for section, layers in trainables[0].shapes.items()
-            }
-        )
+        return Stack({section: layers_of(matrix, self.shapes[section]) for section, matrix in self.seen.items()})
+
+    def backward(self) -> None:
+        """Give the parameters the gradients that P_θ has gathered since `compute`."""
+        torch.autograd.backward(list(self.computed.values()), [matrix.grad for matrix in self.seen.values()])
 
 
 @dataclass(eq=False)
@@ -169,6 +101,7 @@ class _Slot:
     user: str
     learner: Learner
     groups: Iterator[list[list[int]]]
+    source: str | None
     passes: int = 0
 
     def next_rows(self) -> list[Row]:
@@ -176,6 +109,92 @@ class _Slot:
         rows = [self.learner.rows[i] for part in next(self.groups) for i in part]
         self.passes += len(rows)
         return rows
+
+    def failed(self, error: ForewordError) -> UserReport:
+        return UserReport(user=self.user, rows=len(self.learner.rows), passes=self.passes, error=str(error))
+
+    def finish(self, store: Store, save_dtype: torch.dtype) -> UserReport:
+        prefix = self.learner.finish()
+        card = replace(prefix.card, training={**prefix.card.training, "source": self.source})
+        version = store.put(self.user, Prefix(prefix.sections, card), dtype=save_dtype)
+        return UserReport(
+            user=self.user,
+            rows=len(self.learner.rows),
+            passes=self.passes,
+            metrics=card.metrics,
+            version=version.sha256,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is the same for every user. The arguments are those of `train_many`."""
+
+    base: Base
+    data: UserFile
+    store: Store
+    dev: UserFile | None
+    settings: TrainSettings
+    framing: Framing
+    init_from: Prefix | None
+    save_dtype: torch.dtype
+
+    def begin(self, user: str) -> _Slot | UserReport:
+        """Let a user begin; a report, where that cannot be or need not be."""
+        count = self.data.rows(user)
+        try:
+            records = self.data.records(user)
+            dev = None if self.dev is None else self.dev.records(user)
+            source = self._source(records, dev)
+            there = self._there(user)
+            if there is not None and source is not None and there[1].training.get("source") == source:
+                return _skipped(user, count, *there)
+            learner = Learner(
+                self.base, records, dev=dev, settings=self.settings, framing=self.framing, init_from=self.init_from
+            )
+            # the rows may read otherwise, in a column that is not looked at, and be the same tokens
+            if there is not None and there[1].training.get("run") == learner.identity():
+                return _skipped(user, count, *there)
+        except ForewordError as error:
+            return UserReport(user=user, rows=count, error=str(error))
+        return _Slot(user, learner, learner.groups(), source)
+
+    def _there(self, user: str) -> tuple[Version, Card] | None:
+        """What the store has of a user, can still give, and keeps in the dtype that is asked for."""
+        try:
+            version = self.store.newest(user)
+            prefix = self.store.get(user, version)
+        except (NoSuchPrefixError, PrefixFileError):
+            return None
+        return (version, prefix.card) if prefix.dtype == str(self.save_dtype).removeprefix("torch.") else None
+
+    def _source(self, records: Sequence[Record], dev: Sequence[Record] | None) -> str | None:
+        """As `Learner.identity`, but of the records and the tokenizer, so that nothing need be tokenized to know it.
+
+        None where the tokenizer is none of the library `tokenizers`, which alone can be hashed whole.
+        """
+        if self._everybodys is None:
+            return None
+        digest = self._everybodys.copy()
+        digest.update(json.dumps([records, dev], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _everybodys(self) -> Any:
+        tokenizer = self.base.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        how: list[Any] = [asdict(self.settings), asdict(self.framing), self.base.fingerprint, str(self.base.dtype)]
+        how += [__version__, transformers.__version__, tokenizers.__version__, type(tokenizer).__name__]
+        how += [backend.to_str(), tokenizer.chat_template, self.base.end_id]
+        digest = hashlib.sha256(json.dumps(how, sort_keys=True).encode())
+        digest.update(b"" if self.init_from is None else self.init_from.to_bytes(torch.float32))
+        return digest
+
+
+def _skipped(user: str, rows: int, version: Version, card: Card) -> UserReport:
+    return UserReport(user=user, rows=rows, metrics=card.metrics, version=version.sha256, skipped=True)
 
 
 def train_many(
@@ -233,124 +252,100 @@ def train_many(
     # what is wrong for every user is found out here, and not by each
     fields_of(framing.template)
     make_trainable(base, (), settings, init_from)
+    plan = _Plan(
+        base=base,
+        data=data,
+        store=store,
+        dev=dev,
+        settings=settings,
+        framing=framing,
+        init_from=init_from,
+        save_dtype=save_dtype,
+    )
     waiting = iter(data.users[process::processes])
     active: list[_Slot] = []
     while True:
-        # the base runs by itself here, for a user's start: nothing is attached yet
-        while len(active) < slots:
-            user = next(waiting, None)
-            if user is None:
-                break
-            filled = _fill(base, user, data, dev, store, settings, framing, init_from, save_dtype)
-            if isinstance(filled, UserReport):
-                yield filled
+        # the base runs by itself here, for a user's start: nothing is attached
+        while len(active) < slots and (user := next(waiting, None)) is not None:
+            begun = plan.begin(user)
+            if isinstance(begun, UserReport):
+                yield begun
             else:
-                active.append(filled)
+                active.append(begun)
         if not active:
             return
-        modules = _Slots(slot.learner.trainable for slot in active)
-        rows = [slot.next_rows() for slot in active]
+        modules = _Slots([slot.learner.trainable for slot in active])
+        reports: list[UserReport | None] = []
         with attach(base.model, modules) as attachment, checkpointing(base, settings.gradient_checkpointing):
-            losses = _gradients(base, attachment, rows, rows_at_once)
-            reports = [
-                _advance(slot, loss, base, attachment, place, store, save_dtype)
-                for place, (slot, loss) in enumerate(zip(active, losses, strict=True))
-            ]
+            while not any(reports):
+                rows = [slot.next_rows() for slot in active]
+                reports = _step(plan, attachment, modules, active, rows, rows_at_once)
+                if on_step is not None:
+                    on_step(sum(map(len, rows)))
         active = [slot for slot, report in zip(active, reports, strict=True) if report is None]
-        if on_step is not None:
-            on_step(sum(map(len, rows)))
-        yield from (report for report in reports if report is not None)
+        yield from filter(None, reports)
 
 
-def _fill(
-    base: Base,
-    user: str,
-    data: UserFile,
-    dev: UserFile | None,
-    store: Store,
-    settings: TrainSettings,
-    framing: Framing,
-    init_from: Prefix | None,
-    save_dtype: torch.dtype,
-) -> _Slot | UserReport:
-    """Let a user begin; a report, where that cannot be or need not be."""
-    count = data.rows(user)
-    try:
-        learner = Learner(
-            base,
-            data.records(user),
-            dev=None if dev is None else dev.records(user),
-            settings=settings,
-            framing=framing,
-            init_from=init_from,
-        )
-        there = _there(store, user)
-        if there is not None:
-            version, prefix = there
-            same = prefix.card.training.get("run") == learner.identity()
-            if same and prefix.dtype == str(save_dtype).removeprefix("torch."):
-                return UserReport(
-                    user=user, rows=count, metrics=prefix.card.metrics, version=version.sha256, skipped=True
-                )
-    except ForewordError as error:
-        return UserReport(user=user, rows=count, error=str(error))
-    return _Slot(user, learner, learner.groups())
+def _step(
+    plan: _Plan,
+    attachment: Attachment,
+    modules: _Slots,
+    active: Sequence[_Slot],
+    rows: Sequence[Sequence[Row]],
+    rows_at_once: int,
+) -> list[UserReport | None]:
+    """Make a step of every user; a report for each whose last it was, or for whom it went wrong."""
+    reports: list[UserReport | None] = [None] * len(active)
+    modules.compute()
+    losses = _mean_losses(plan.base, attachment, dict(enumerate(rows)), rows_at_once, learn=True)
+    modules.backward()
+    for place, slot in enumerate(active):
+        try:
+            slot.learner.update(losses[place])
+        except ForewordError as error:
+            reports[place] = slot.failed(error)
+    judged = {
+        place: slot.learner.dev_rows
+        for place, slot in enumerate(active)
+        if reports[place] is None and slot.learner.epoch_ended and slot.learner.dev_rows
+    }
+    if judged:
+        with torch.no_grad():
+            modules.compute()
+            for place, loss in _mean_losses(plan.base, attachment, judged, rows_at_once).items():
+                active[place].learner.judge(loss)
+    for place, slot in enumerate(active):
+        if reports[place] is None and slot.learner.done:
+            try:
+                reports[place] = slot.finish(plan.store, plan.save_dtype)
+            except ForewordError as error:
+                reports[place] = slot.failed(error)
+    return reports
 
 
-def _there(store: Store, user: str) -> tuple[Version, Prefix] | None:
-    """What the store has of a user and can still give."""
-    try:
-        version = store.newest(user)
-        return version, store.get(user, version)
-    except (NoSuchPrefixError, PrefixFileError):
-        return None
-
-
-def _gradients(base: Base, attachment: Attachment, rows: Sequence[Sequence[Row]], rows_at_once: int) -> list[float]:
-    """Run every slot's rows forward and backward; returns each slot's mean loss over its y tokens.
+def _mean_losses(
+    base: Base, attachment: Attachment, rows: Mapping[int, Sequence[Row]], rows_at_once: int, *, learn: bool = False
+) -> dict[int, float]:
+    """Each slot's mean loss over its y tokens, by place; to learn, run backward too.
 
     Rows are put together by length, whoever they are of: a row's loss depends on its own prefix alone.
     """
-    counts = torch.tensor([sum(len(row.y) for row in own) for own in rows], dtype=torch.float64)
-    sums = torch.zeros(len(rows), dtype=torch.float64)
-    flat = sorted(((row, slot) for slot, own in enumerate(rows) for row in own), key=lambda pair: len(pair[0]))
+    counts = torch.ones(max(rows) + 1, dtype=torch.float64)
+    for place, own in rows.items():
+        counts[place] = sum(len(row.y) for row in own)
+    sums = torch.zeros_like(counts)
+    flat = sorted(((row, place) for place, own in rows.items() for row in own), key=lambda pair: len(pair[0]))
     for start in range(0, len(flat), rows_at_once):
         chosen = flat[start : start + rows_at_once]
-        attachment.rows = torch.tensor([slot for _, slot in chosen])
-        owner = torch.tensor([slot for row, slot in chosen for _ in row.y])
+        attachment.rows = torch.tensor([place for _, place in chosen])
+        owner = torch.tensor([place for row, place in chosen for _ in row.y])
         losses = token_losses(base, attachment, collate(base, [row for row, _ in chosen]))
-        # a row that is not a number stays out of the sum, and so out of the others' gradients
-        finite = torch.isfinite(losses.detach())
-        weights = (1 / counts[owner]).to(losses.device, losses.dtype)
-        (torch.where(finite, losses, 0.0) * weights).sum().backward()
+        if learn:
+            # a row that is not a number stays out of the sum, and so out of the others' gradients
+            finite = torch.isfinite(losses.detach())
+            weights = (1 / counts[owner]).to(losses.device, losses.dtype)
+            (torch.where(finite, losses, 0.0) * weights).sum().backward()
         sums.index_add_(0, owner, losses.detach().cpu().double())
     attachment.rows = None
-    return (sums / counts).tolist()
-
-
-def _advance(
-    slot: _Slot,
-    loss: float,
-    base: Base,
-    attachment: Attachment,
-    place: int,
-    store: Store,
-    save_dtype: torch.dtype,
-) -> UserReport | None:
-    """Make a user's step; a report, once that was the last or went wrong."""
-    learner = slot.learner
-    count = len(learner.rows)
-    try:
-        learner.update(loss)
-        if learner.epoch_ended and learner.dev_rows:
-            attachment.rows = torch.tensor([place])
-            learner.judge(mean_loss(base, learner.dev_rows, attachment, batch_size=learner.settings.batch_size))
-        if not learner.done:
-            return None
-        prefix = learner.finish()
-        version = store.put(slot.user, prefix, dtype=save_dtype)
-    except ForewordError as error:
-        return UserReport(user=slot.user, rows=count, passes=slot.passes, error=str(error))
-    return UserReport(
-        user=slot.user, rows=count, passes=slot.passes, metrics=prefix.card.metrics, version=version.sha256
-    )
+    means = (sums / counts).tolist()
+    return {place: means[place] for place in rows}

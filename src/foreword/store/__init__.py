@@ -41,18 +41,16 @@ show an object whole or not at all; where a filesystem does not, a reader sees t
 """
 
 from foreword.store.index import Change, Changes, Page, Token
-from foreword.store.names import NoSuchPrefixError, StoreError, Version, check_name, key_of
+from foreword.store.names import Version, check_name, key_of
 from foreword.store.store import Store
 from foreword.store.verify import Problem
 
 __all__ = [
     "Change",
     "Changes",
-    "NoSuchPrefixError",
     "Page",
     "Problem",
     "Store",
-    "StoreError",
     "Token",
     "Version",
     "check_name",

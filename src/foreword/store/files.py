@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from foreword.errors import StoreError
 from foreword.prefix import write_atomically
-from foreword.store.names import StoreError
 
 WORKERS = 16
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
-from foreword.errors import ForewordError
+from foreword.errors import StoreError
 
 MAX_NAME = 256
 """Characters of a name, in NFC."""
@@ -20,14 +20,6 @@ MICROSECOND = timedelta(microseconds=1)
 
 _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _MARK = re.compile(r"(\d{16})-([0-9a-f]{8})-(?:([0-9a-f]{64})\.safetensors|deleted)", re.ASCII)
-
-
-class StoreError(ForewordError):
-    """No store there, or a name that cannot be one."""
-
-
-class NoSuchPrefixError(StoreError):
-    """No prefix of that name, or no such version of it."""
 
 
 def check_name(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreword.errors import PrefixFileError, SettingsError
+from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, StoreError
 from foreword.prefix import Prefix
 from foreword.store.files import open_files
 from foreword.store.index import SECOND, SKEW, WINDOW, Changes, Index, Page, Token, home, run_of
@@ -23,8 +23,6 @@ from foreword.store.names import (
     MICROSECOND,
     Folder,
     Mark,
-    NoSuchPrefixError,
-    StoreError,
     Version,
     check_name,
     key_of,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from foreword.errors import PrefixFileError
+from foreword.errors import NoSuchPrefixError, PrefixFileError
 from foreword.store.files import Files
 from foreword.store.index import SECOND, Index, home, run_of
-from foreword.store.names import Folder, Mark, NoSuchPrefixError
+from foreword.store.names import Folder, Mark
 
 STALE = 3600 * SECOND
 """The time after which something half done was cut off, and is not under way."""
