@@ -11,6 +11,7 @@ to do. The command line prints that line and exits with 2. Our own mistakes are 
     │   └── TooLongError     prefix and tokens exceed the base's context
     ├── SettingsError        a setting out of its range, or two that exclude each other
     ├── TrainingError        training cannot go on: the loss is not finite, the checkpoint is another run's
+    ├── HubError             the hub cannot be reached, or refuses
     └── MissingExtraError    an optional package is not installed
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "BaseLoadError",
     "DataError",
     "ForewordError",
+    "HubError",
     "MissingExtraError",
     "PrefixFileError",
     "SettingsError",
@@ -59,6 +61,10 @@ class SettingsError(ForewordError):
 
 class TrainingError(ForewordError):
     """Training cannot start or go on."""
+
+
+class HubError(ForewordError):
+    """The hub cannot be reached, has no such thing, or refuses."""
 
 
 class MissingExtraError(ForewordError):
