@@ -143,7 +143,7 @@ def sentences_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[l
         sentences: list[list[int]] = []
         room = LENGTH - 2
         for sentence in re.split(r"(?<=[.!?:])(?=\s)", text):
-            tokens = tokenizer(sentence, add_special_tokens=False)["input_ids"][:room]
+            tokens = tokenizer(sentence, add_special_tokens=False, verbose=False)["input_ids"][:room]
             room -= len(tokens)
             if tokens:
                 sentences.append(tokens)

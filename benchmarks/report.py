@@ -105,7 +105,7 @@ def markdown(
                 one["group"],
                 str(one["runs"]),
                 f"{one['difference']:+.4f} [{one['interval'][0]:+.4f}, {one['interval'][1]:+.4f}]",
-                f"{one['p_value']:.3f}",
+                f"{one['p_value']:.3f}" if any(one["interval"]) else "–",  # outputs alike have no p
             ]
             for one in contrasts
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,14 +141,18 @@ class Unit(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.arm.replace(' ', '_')}-lr{self.lr:g}-sample{self.sample}-seed{self.seed}"
+        return f"{slug(self.arm)}-lr{self.lr:g}-sample{self.sample}-seed{self.seed}"
+
+
+def slug(arm: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", arm)
 
 
 def rate(study: Study, arm: Arm) -> tuple[float | None, list[float]]:
     """The arm's learning rate, or None and those to try next."""
     if arm.rate_of is not None:
         return rate(study, study.arm(arm.rate_of))[0], []
-    first = [r for r in study.runs.matching(f"{arm.name.replace(' ', '_')}-lr*-sample0-seed0") if r["arm"] == arm.name]
+    first = [r for r in study.runs.matching(f"{slug(arm.name)}-lr*-sample0-seed0") if r["arm"] == arm.name]
     return best_rate({r["lr"]: r["dev_score"] for r in first}, GRIDS[arm.grid or arm.method])
 
 

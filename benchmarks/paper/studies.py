@@ -213,12 +213,12 @@ def encoder_decoder(options: Namespace) -> Study:
         options.base = str(pretrain(default_folder(options.bart_minutes), minutes=options.bart_minutes))
     length = options.length
     arms = [
-        Arm(name=name, method=method, rows=options.rows, epochs=options.epochs, options=own)
-        for name, method, own in (
-            ("three sections", "prefix", Options(length=length)),
-            ("decoder alone, equal length", "prefix", Options(length=length, section="decoder")),
-            ("decoder alone, equal parameters", "prefix", Options(length=3 * length, section="decoder")),
-            ("fine-tuning", "full", Options()),
+        Arm(name=name, method=method, grid=grid, rows=options.rows, epochs=options.epochs, options=own)
+        for name, method, grid, own in (
+            ("three sections", "prefix", None, Options(length=length)),
+            ("decoder alone, equal length", "prefix", None, Options(length=length, section="decoder")),
+            ("decoder alone, equal parameters", "prefix", None, Options(length=3 * length, section="decoder")),
+            ("fine-tuning", "full", "full-small", Options()),
         )
     ]
     return Study(
