@@ -12,11 +12,10 @@ it is meant to take two and a half to three hours.
 from __future__ import annotations
 
 import argparse
-import sys
 
-from benchmarks import report, study
 from benchmarks.methods import Options
 from benchmarks.paper import data, published
+from benchmarks.report import work_and_report
 from benchmarks.study import Arm, Study
 
 ARMS = {
@@ -72,11 +71,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--table", action="store_true", help="report what is there, and run nothing")
     options = parser.parse_args()
-    made = baselines(options)
-    if not options.table:
-        made.runs.work(lambda: study.todo(made), lambda unit: study.run(made, unit))
-    command = " ".join(["python -m benchmarks.baselines", *(word for word in sys.argv[1:] if word != "--table")])
-    print(report.report(made, command=command))
+    work_and_report(baselines(options), module="benchmarks.baselines", table=options.table)
 
 
 if __name__ == "__main__":

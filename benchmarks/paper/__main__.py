@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import report, study
 from benchmarks.paper.studies import STUDIES
+from benchmarks.report import work_and_report
 
 COMMON = {"samples": 1, "seeds": 1, "length": 10, "beams": 1, "base": None, "dtype": None, "device": None}
 HELP = {
@@ -60,11 +60,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
 def main() -> None:
     options = options_of(sys.argv[1:])
     make, _ = STUDIES[options.name]
-    made = make(options)
-    if not options.table:
-        made.runs.work(lambda: study.todo(made), lambda unit: study.run(made, unit))
-    command = " ".join(["python -m benchmarks.paper", *(word for word in sys.argv[1:] if word != "--table")])
-    print(report.report(made, command=command))
+    work_and_report(make(options), module="benchmarks.paper", table=options.table)
 
 
 if __name__ == "__main__":

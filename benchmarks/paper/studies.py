@@ -22,12 +22,20 @@ E2E_DIFFERS = (
 )
 
 
-def low_data(options: Namespace) -> Study:
-    """Prefix against full fine-tuning on few E2E rows (section 6.3, figure 3)."""
-    sizes = {50: 20, 100: 15, 200: 10, 500: 5}
+def _curve(sizes: Mapping[int, int], tuned: int, options: Namespace) -> tuple[dict[int, int], int, list[Arm]]:
+    """Prefix and full fine-tuning by training size.
+
+    Args:
+        sizes: epochs by number of rows; those that the user chose are taken.
+        tuned: rows at which learning rates are chosen, if taken; else the most.
+
+    Returns:
+        The sizes taken, the one at which learning rates are chosen, and the arms.
+    """
     chosen = {size: epochs for size, epochs in sizes.items() if options.sizes is None or size in options.sizes}
-    tuned = 200 if 200 in chosen else max(chosen)
-    kinds = {"prefix": "prefix", "fine-tuning": "full"}
+    if not chosen:
+        raise SystemExit(f"expected some of the sizes {', '.join(map(str, sizes))}; got {options.sizes}")
+    tuned = tuned if tuned in chosen else max(chosen)
     arms = [
         Arm(
             name=f"{kind} {size}",
@@ -39,9 +47,15 @@ def low_data(options: Namespace) -> Study:
             line=kind,
             x=size,
         )
-        for kind, method in kinds.items()
+        for kind, method in {"prefix": "prefix", "fine-tuning": "full"}.items()
         for size, epochs in chosen.items()
     ]
+    return chosen, tuned, arms
+
+
+def low_data(options: Namespace) -> Study:
+    """Prefix against full fine-tuning on few E2E rows (section 6.3, figure 3)."""
+    chosen, tuned, arms = _curve({50: 20, 100: 15, 200: 10, 500: 5}, 200, options)
     return Study(
         name="e2e-lowdata",
         title="E2E with few rows: prefix against full fine-tuning",
@@ -167,23 +181,7 @@ SYNOPSIS_DIFFERS = (
 
 def summarization(options: Namespace) -> Study:
     """Summaries by a decoder-only base, by training size (section 6.2, figure 3)."""
-    sizes = {100: 10, 500: 4, 2000: 2}
-    chosen = {size: epochs for size, epochs in sizes.items() if options.sizes is None or size in options.sizes}
-    tuned = 500 if 500 in chosen else max(chosen)
-    arms = [
-        Arm(
-            name=f"{kind} {size}",
-            method=method,
-            rows=size,
-            epochs=epochs,
-            options=Options(length=options.length),
-            rate_of=None if size == tuned else f"{kind} {tuned}",
-            line=kind,
-            x=size,
-        )
-        for kind, method in {"prefix": "prefix", "fine-tuning": "full"}.items()
-        for size, epochs in chosen.items()
-    ]
+    chosen, tuned, arms = _curve({100: 10, 500: 4, 2000: 2}, 500, options)
     return Study(
         name="summarization",
         title="Synopses: prefix against full fine-tuning",
