@@ -43,9 +43,11 @@ LENGTH = 256
 HELD_OUT = 200
 MASKED = 0.3
 SPAN = 3.0
-BATCH = 32
-PEAK_LR = 1e-3
-WARM = 0.03
+BATCH = 8
+PEAK_LR = 5e-4
+WARM_STEPS = 100
+"""Small batches and a low rate: with 32 rows, 1e-3 and a warm-up of 8 steps the loss stayed at 7.1, that of the words'
+frequencies; 1.5e-3 with 40 steps was at 6.7 after 240 steps of 8 rows, and 5e-4 at 6.1."""
 
 
 def small_config() -> BartConfig:
@@ -176,9 +178,9 @@ def held_out_loss(model: Any, rows: list[list[list[int]]], autocast: bool) -> fl
     return sum(loss.item() * count for loss, count in losses) / sum(count for _, count in losses)
 
 
-def lr_at(share: float) -> float:
-    """Linear warm-up, then linear decay, over the share of the budget that is spent."""
-    return PEAK_LR * (share / WARM if share < WARM else max(0.0, (1 - share) / (1 - WARM)))
+def lr_at(step: int, share: float) -> float:
+    """Warm-up over the first steps, and linear decay over the share of the budget that is spent."""
+    return PEAK_LR * min(1.0, (step + 1) / WARM_STEPS) * max(0.0, 1 - share)
 
 
 def save_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -241,7 +243,7 @@ def pretrain(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(state["seconds"] / budget)
+            group["lr"] = lr_at(state["step"], state["seconds"] / budget)
         optimizer.step()
         optimizer.zero_grad()
         state["step"] += 1
