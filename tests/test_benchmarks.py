@@ -17,6 +17,7 @@ from transformers.utils import logging
 import benchmarks.bart
 import benchmarks.report
 import benchmarks.study
+import foreword
 from benchmarks.bart import BOS, EOS, MASK, corrupt, pretrain
 from benchmarks.methods import METHODS, Options, fit
 from benchmarks.paper.__main__ import options_of
@@ -131,6 +132,32 @@ def test_a_method_learns_and_its_prefix_is_what_it_learnt(method: str, dtype: to
         again = mean_loss(base, rows, attachment)
     # the batch's mean is over y tokens, as mean_loss has it
     assert again == pytest.approx(last, rel=1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"reparametrization": "mlp"},
+        {"reparametrization": "embedding"},
+        {"infix": True},
+        {"init": "random"},
+        {"init_text": "words of the task"},
+    ],
+    ids=str,
+)
+def test_variants_of_the_prefix_learn_and_generate(variant: dict[str, Any]) -> None:
+    base = base_of("llama")
+    rows = rows_of(base, RECORDS, Framing())
+    learner = METHODS["prefix"](base, rows, Options(length=3, **variant))
+    first = learner.loss(rows).item()
+    assert all(parameter.requires_grad for parameter in learner.parameters)
+    fit(learner, rows, lr=3e-3, epochs=6, batch_size=4, seed=0)
+    assert learner.loss(rows).item() < first - 0.05
+    prefix = learner.finish()
+    assert prefix is not None
+    assert prefix.infix is variant.get("infix", False)
+    settings = foreword.GenerateSettings(max_new_tokens=3)
+    assert len(foreword.generate(base, ["item 1", "item 20"], prefix, settings=settings)) == 2
 
 
 def test_how_many_parameters_learn() -> None:
