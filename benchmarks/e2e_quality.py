@@ -18,15 +18,11 @@ Several processes may be started beside each other; they share the runs.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import math
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -36,18 +32,18 @@ from transformers import get_linear_schedule_with_warmup
 
 import foreword
 from benchmarks.e2e_rows import Split, e2e_split
-from benchmarks.peft_side import peft_batch, peft_model
+from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
+from benchmarks.runs import Runs, best_rate
 from foreword.attach import Stack, attach
 from foreword.bases import Base
 from foreword.data import batches, collate, rows_of
 from foreword.evaluate import paired_bootstrap, score
-from foreword.interop.peft import import_peft
 from foreword.loss import forward_loss, mean_loss
-from foreword.prefix import Framing, Prefix, write_atomically
+from foreword.prefix import Framing, Prefix
 from foreword.reparam import layers_of
 from foreword.tasks import Example
 
-RESULTS = Path(__file__).with_name("results") / "e2e_quality"
+RUNS = Runs(Path(__file__).with_name("results") / "e2e_quality")
 GRIDS = {
     "foreword": [1e-2, 2e-2, 4e-2],
     "peft-projected": [5e-4, 1e-3, 2e-3],
@@ -115,12 +111,7 @@ def train_peft(base: Base, split: Split, lr: float, seed: int, projection: bool)
                 optimizer.zero_grad()
                 schedule.step()
                 losses.append(loss.item())
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        model.unload()
-        base.model.set_attn_implementation("sdpa")
-        base.model.requires_grad_(False)
-        return import_peft(folder, base), last_epoch(losses)
+    return peft_prefix(base, model), last_epoch(losses)
 
 
 def last_epoch(losses: Sequence[float]) -> float:
@@ -140,25 +131,21 @@ def bleu(outputs: Sequence[str], examples: Sequence[Example]) -> float:
     return 100 * score([list(e.references) for e in examples], outputs, ["BLEU"]).figures["BLEU"]
 
 
-def file_of(side: str, lr: float, seed: int) -> Path:
-    return RESULTS / f"{side}-lr{lr:g}-seed{seed}.json"
+class Quality(NamedTuple):
+    """One run."""
+
+    side: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.side}-lr{self.lr:g}-seed{self.seed}"
 
 
-@contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Whether this run is ours to do: no other process that is alive has claimed it."""
-    with path.with_suffix(".claim").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield not path.exists()
-            Path(file.name).unlink()
-
-
-def run(base_name: str, dtype: str | None, split: Split, side: str, lr: float, seed: int) -> None:
+def run(base_name: str, dtype: str | None, split: Split, unit: Quality) -> dict[str, Any]:
     base = foreword.load_base(base_name, dtype=dtype)
+    side, lr, seed = unit
     began = time.perf_counter()
     if side.startswith("peft"):
         prefix, loss = train_peft(base, split, lr, seed, side == "peft-projected")
@@ -170,42 +157,32 @@ def run(base_name: str, dtype: str | None, split: Split, side: str, lr: float, s
         "side": side, "lr": lr, "seed": seed, "dtype": str(base.dtype), "train_loss": loss, "train_seconds": trained,
         "dev_bleu": bleu(dev, split.dev), "test_bleu": bleu(test, split.test), "test_outputs": test,
     }  # fmt: skip
-    with write_atomically(file_of(side, lr, seed)) as aside:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
     print(
         f"{side} lr {lr:g} seed {seed}: loss {loss:.3f}, BLEU dev {result['dev_bleu']:.2f} test {result['test_bleu']:.2f}",
         flush=True,
     )
+    return result
 
 
 def done(side: str) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{side}-lr*.json"))]
+    return RUNS.matching(f"{side}-lr*")
 
 
 def best_lr(side: str) -> tuple[float | None, list[float]]:
-    """The best learning rate on development data, once three or more are there and it isn't at the edge; what to run else."""
-    seen = {r["lr"]: r["dev_bleu"] for r in done(side) if r["seed"] == 0}
-    missing = [lr for lr in GRIDS[side] if lr not in seen]
-    if missing:
-        return None, missing
-    best = max(seen, key=seen.__getitem__)
-    if best == max(seen):
-        return None, [best * 2]
-    if best == min(seen):
-        return None, [best / 2]
-    return best, []
+    return best_rate({r["lr"]: r["dev_bleu"] for r in done(side) if r["seed"] == 0}, GRIDS[side])
 
 
-def todo(sides: Sequence[str]) -> list[tuple[str, float, int]]:
+def todo(sides: Sequence[str]) -> list[Quality]:
     first, more = [], []
     for side in sides:
         best, lrs = best_lr(side)
-        first += [(side, lr, 0) for lr in lrs]
+        first += [Quality(side, lr, 0) for lr in lrs]
         if best is not None:
-            more += [(side, best, seed) for seed in SEEDS if not file_of(side, best, seed).exists()]
+            units = [Quality(side, best, seed) for seed in SEEDS]
+            more += [unit for unit in units if RUNS.get(unit.name) is None]
     # a turn for each side, so that an unfinished benchmark is unfinished evenly
-    first.sort(key=lambda unit: (abs(math.log(unit[1] / sorted(GRIDS[unit[0]])[1])), list(sides).index(unit[0])))
-    return first + sorted(more, key=lambda unit: unit[2])
+    first.sort(key=lambda unit: (abs(math.log(unit.lr / sorted(GRIDS[unit.side])[1])), list(sides).index(unit.side)))
+    return first + sorted(more, key=lambda unit: unit.seed)
 
 
 def table(console: Console, split: Split, sides: Sequence[str]) -> None:
@@ -253,7 +230,7 @@ def table(console: Console, split: Split, sides: Sequence[str]) -> None:
         "means": means, "rival": rival, "difference": means["foreword"] - means[rival],
         "interval": interval, "p_value": compared.p_value, "signature": compared.signature,
     }  # fmt: skip
-    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    RUNS.write("summary", summary)
     low, high = interval
     console.print(
         f"foreword {means['foreword']:.2f}, {rival} {means[rival]:.2f}: difference {summary['difference']:+.2f}, 95% [{low:+.2f}, {high:+.2f}], p {compared.p_value:.3f}"
@@ -270,15 +247,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     split = e2e_split()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    while not options.table:
-        for unit in todo(options.sides):
-            with claim(file_of(*unit)) as mine:
-                if mine:
-                    run(options.base, options.dtype, split, *unit)
-                    break
-        else:
-            break
+    if not options.table:
+        RUNS.work(lambda: todo(options.sides), lambda unit: run(options.base, options.dtype, split, unit))
     table(Console(), split, options.sides)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from peft import PrefixTuningConfig, TaskType, get_peft_model
 
 from foreword.bases import Base
 from foreword.data import Row, pad
+from foreword.interop.peft import import_peft
+from foreword.prefix import Prefix
 
 
 def peft_model(base: Base, *, length: int, projection: bool = False, attention: str | None = None) -> Any:
@@ -33,3 +36,13 @@ def peft_batch(base: Base, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         labels[b, : len(row.x)] = -100
     batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
     return {name: tensor.to(base.device) for name, tensor in batch.items()}
+
+
+def peft_prefix(base: Base, model: Any) -> Prefix:
+    """What PEFT's model has learnt, as a prefix of ours; the base is given back as it was."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        # PEFT's prompts are beside the base's model, not in it: there is nothing to take out
+        base.model.set_attn_implementation("sdpa")
+        base.model.requires_grad_(False)
+        return import_peft(folder, base)

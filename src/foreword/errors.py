@@ -13,6 +13,7 @@ to do. The command line prints that line and exits with 2. Our own mistakes are 
     ├── TrainingError        training cannot go on: the loss is not finite, the checkpoint is another run's
     ├── StoreError           no store there, or a name that cannot be one
     │   └── NoSuchPrefixError   no prefix of that name, or no such version of it
+    ├── HubError             the hub cannot be reached, or refuses
     └── MissingExtraError    an optional package is not installed
 """
 
@@ -22,6 +23,7 @@ __all__ = [
     "BaseLoadError",
     "DataError",
     "ForewordError",
+    "HubError",
     "MissingExtraError",
     "NoSuchPrefixError",
     "PrefixFileError",
@@ -71,6 +73,10 @@ class StoreError(ForewordError):
 
 class NoSuchPrefixError(StoreError):
     """No prefix of that name, or no such version of it."""
+
+
+class HubError(ForewordError):
+    """The hub cannot be reached, has no such thing, or refuses."""
 
 
 class MissingExtraError(ForewordError):

@@ -6,7 +6,7 @@ with replacement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ __all__ = [
     "read_references",
     "score",
     "score_files",
+    "score_groups",
 ]
 
 SEED = 12345
@@ -156,19 +157,52 @@ def score(
         DataError: no outputs, another number of references than of outputs, or a blank reference.
         SettingsError: a metric that does not exist, or two of one name.
     """
+    groups = {"all": range(len(hypotheses))}
+    return score_groups(references, hypotheses, groups, metrics, samples=samples, seed=seed)["all"]
+
+
+def score_groups(
+    references: Sequence[Sequence[str]],
+    hypotheses: Sequence[str],
+    groups: Mapping[str, Sequence[int]],
+    metrics: str | Sequence[str] = "e2e",
+    *,
+    samples: int = 0,
+    seed: int = SEED,
+) -> dict[str, Scores]:
+    """Figures of groups of outputs, such as the categories of a data set; an output may be in several.
+
+    The texts are looked at once, and each group's statistics added up. NIST's and CIDEr's weights, which they learn
+    from references, come from those of all the outputs.
+
+    Args:
+        references, hypotheses, metrics, samples, seed: as `score` takes them.
+        groups: by name, the places of the group's outputs among `hypotheses`; at least one each.
+
+    Returns:
+        For each group what `score` gives.
+
+    Raises:
+        DataError, SettingsError: as `score`.
+    """
     measures = chosen(metrics)
     texts = Texts(references, hypotheses)
-    counts = _draws(len(texts.hypotheses), samples, seed)
-    scores = Scores(figures={}, signatures={})
-    for name, measure in measures.items():
+    counts = np.concatenate(
+        [_draws(len(texts.hypotheses), samples, seed, np.asarray(places)) for places in groups.values()]
+    )
+    scores = {name: Scores(figures={}, signatures={}) for name in groups}
+    for metric, measure in measures.items():
         try:
-            values, scores.signatures[name] = measure(texts, counts)
+            values, signature = measure(texts, counts)
         except (MissingExtraError, UnavailableError) as error:
-            scores.missing[name] = str(error)
+            for one in scores.values():
+                one.missing[metric] = str(error)
             continue
-        scores.figures[name] = float(values[0])
-        if samples:
-            scores.intervals[name] = _interval(values[1:])
+        for one, (value, *drawn) in zip(scores.values(), values.reshape(len(groups), -1), strict=True):
+            one.figures[metric] = float(value)
+            one.signatures[metric] = signature
+            if samples:
+                one.intervals[metric] = _interval(np.array(drawn))
     return scores
 
 
@@ -204,7 +238,8 @@ def paired_bootstrap(
     if samples < 1:
         raise SettingsError(f"samples is {samples}: expected 1 or more for a paired bootstrap, say 1000")
     first, second = Texts(references, baseline), Texts(references, system)
-    counts = _draws(len(first.hypotheses), samples, seed)
+    outputs = len(first.hypotheses)
+    counts = _draws(outputs, samples, seed, np.arange(outputs))
     compared = {}
     for name, measure in measures.items():
         before, signature = measure(first, counts)
@@ -222,14 +257,15 @@ def paired_bootstrap(
     return compared
 
 
-def _draws(outputs: int, samples: int, seed: int) -> np.ndarray:
-    """[samples + 1, outputs]: how often each output is there; first every one once, then in each draw."""
+def _draws(outputs: int, samples: int, seed: int, group: np.ndarray) -> np.ndarray:
+    """[samples + 1, outputs]: how often each output is there; first the group's once each, then in each draw of them."""
     if samples < 0:
         raise SettingsError(f"samples is {samples}: expected 0 for no intervals, or more, say 1000")
-    counts = np.ones((samples + 1, outputs))
-    drawn = np.random.default_rng(seed).choice(outputs, size=(samples, outputs), replace=True)
+    counts = np.zeros((samples + 1, outputs))
+    counts[0, group] = 1
+    drawn = np.random.default_rng(seed).choice(len(group), size=(samples, len(group)), replace=True)
     for row, indices in zip(counts[1:], drawn, strict=True):
-        row[:] = np.bincount(indices, minlength=outputs)
+        row[group] = np.bincount(indices, minlength=len(group))
     return counts
 
 

@@ -1,0 +1,67 @@
+"""The paper's claims, each by a command.
+
+    python -m benchmarks.paper e2e-lowdata        # and webnlg, ablations, summarization, encoder-decoder
+    python -m benchmarks.paper webnlg --test webnlg_challenge_2017/test --rows 18000 --epochs 5 --test-inputs 2000
+    python -m benchmarks.paper e2e-lowdata --table
+
+Each goes on where it was stopped, one JSON file a finished run under benchmarks/results/NAME, and writes NAME.md, NAME.json
+and NAME.svg there, finished or not. With other sizes than the default, the folder is named after them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks.paper.studies import STUDIES
+from benchmarks.report import work_and_report
+
+COMMON = {"samples": 1, "seeds": 1, "length": 10, "beams": 1, "base": None, "dtype": None, "device": None}
+HELP = {
+    "samples": "samples of training rows",
+    "seeds": "seeds of each",
+    "length": "virtual tokens",
+    "beams": "beams; 1 for greedy outputs",
+    "base": "by default smollm2-135m, and for encoder-decoder the small BART",
+    "dtype": "of the base; by default bfloat16 where the processor has it",
+    "device": "as torch names it",
+    "rows": "training rows",
+    "sizes": "of the curve's training sizes, these alone",
+    "epochs": "passes over the rows",
+    "dev": "inputs on which learning rates are chosen",
+    "test_inputs": "inputs that are reported, at the most (WebNLG: of seen and of unseen categories each)",
+    "test": "the challenge's own test folder",
+    "bart_minutes": "of pretraining the small BART, where it is not there yet",
+}
+SAME_RUNS = ("samples", "seeds", "sizes", "device")
+"""Flags that change which runs there are, but not a run; results of the others have folders of their own."""
+
+
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, (make, own) in STUDIES.items():
+        command = commands.add_parser(name, help=make.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        for flag, default in {**COMMON, **own}.items():
+            kind = (
+                {"nargs": "+", "type": int} if flag == "sizes" else {"type": str if default is None else type(default)}
+            )
+            command.add_argument(f"--{flag.replace('_', '-')}", default=default, help=HELP[flag], **kind)
+        command.add_argument("--table", action="store_true", help="report what is there, and run nothing")
+    options = parser.parse_args(arguments)
+    usual = {**COMMON, **STUDIES[options.name][1]}
+    given = {flag: getattr(options, flag) for flag, default in usual.items() if getattr(options, flag) != default}
+    options.changed = {flag.replace("_", "-"): value for flag, value in given.items() if flag not in SAME_RUNS}
+    return options
+
+
+def main() -> None:
+    options = options_of(sys.argv[1:])
+    make, _ = STUDIES[options.name]
+    work_and_report(make(options), module="benchmarks.paper", table=options.table)
+
+
+if __name__ == "__main__":
+    main()

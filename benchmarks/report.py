@@ -1,0 +1,187 @@
+"""What a study found, as NAME.md, NAME.json and NAME.svg beside its runs. An unfinished study is reported as far as it is."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.study import RESULTS, Line, Study, compare, lines, run, todo
+from foreword.prefix import write_atomically
+
+
+def work_and_report(study: Study, *, module: str, table: bool) -> None:
+    """Do the runs that are missing, unless the table alone is wanted; write the report and print it."""
+    if not table:
+        study.runs.work(lambda: todo(study), lambda unit: run(study, unit))
+    command = " ".join([f"python -m {module}", *(word for word in sys.argv[1:] if word != "--table")])
+    print(report(study, command=command))
+
+
+def report(study: Study, *, command: str) -> str:
+    """Write the files; returns the markdown."""
+    found = lines(study)
+    contrasts = compare(study, found)
+    left = todo(study)
+    text = markdown(study, found, contrasts, [unit.name for unit in left], command)
+    facts = {
+        "study": study.full_name,
+        "command": command,
+        "unfinished": [unit.name for unit in left],
+        "settings": dict(study.settings),
+        "lines": [facts_of(line) for line in found],
+        "contrasts": contrasts,
+        "published": [{"name": name, **figures} for name, figures in study.published],
+        "differs": study.differs,
+    }
+    for ending, content in (("md", text), ("json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")):
+        with write_atomically(RESULTS / f"{study.full_name}.{ending}") as aside:
+            aside.write_text(content, encoding="utf-8")
+    if found:
+        plot(study, found)
+    return text
+
+
+def facts_of(line: Line) -> dict[str, Any]:
+    return {
+        "arm": line.arm.name,
+        "method": line.arm.method,
+        "rows": line.arm.rows,
+        "epochs": line.arm.epochs,
+        "learning_rate": line.lr,
+        "parameters": line.parameters,
+        "runs": len(line.runs),
+        "train_seconds": [round(run["train_seconds"], 1) for run in line.runs],
+        "values": line.values,
+        "groups": {
+            name: {"figures": one.figures, "intervals": one.intervals, "missing": one.missing}
+            for name, one in line.scores.items()
+        },
+    }
+
+
+def markdown(
+    study: Study, found: Sequence[Line], contrasts: Sequence[dict[str, Any]], left: Sequence[str], command: str
+) -> str:
+    parts = [f"# {study.title}", f"`{command}`"]
+    if left:
+        parts.append(
+            f"**Unfinished**: {len(left)} runs that can be made now are not there, the first `{left[0]}`; the same command "
+            "goes on. What follows is of the finished ones alone."
+        )
+    if study.cut:
+        parts.append(f"Cut down to fit: {study.cut}")
+    if not found:
+        return "\n\n".join([*parts, "No arm has a finished run at a chosen learning rate yet."]) + "\n"
+    names = list(dict.fromkeys(name for line in found for name in line.scores["all"].figures))
+    header = ["", "rows", "learns", "lr", "runs", f"{study.primary}, mean (low to high)", *names]
+    for group in found[0].scores:
+        rows = []
+        for line in found:
+            scores = line.scores[group]
+            cells = [
+                f"{scores.figures[name]:.4f} [{scores.intervals[name][0]:.4f}, {scores.intervals[name][1]:.4f}]"
+                if name in scores.figures
+                else "–"
+                for name in names
+            ]
+            values = line.values
+            spread = (
+                f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})" if group == "all" else "–"
+            )
+            rows.append(
+                [
+                    line.arm.name,
+                    str(line.arm.rows),
+                    f"{line.parameters:,}",
+                    f"{line.lr:g}",
+                    str(len(values)),
+                    spread,
+                    *cells,
+                ]
+            )
+        parts += [f"## Test inputs: {group}" if len(found[0].scores) > 1 else "## Figures", table(header, rows)]
+    missing = {name: why for line in found for name, why in line.scores["all"].missing.items()}
+    parts += [f"{name} is missing: {why}" for name, why in missing.items()]
+    parts.append("In brackets: 95% bootstrap intervals over the outputs of all runs together.")
+    if contrasts:
+        rows = [
+            [
+                f"{one['system']} – {one['baseline']}",
+                one["group"],
+                str(one["runs"]),
+                f"{one['difference']:+.4f} [{one['interval'][0]:+.4f}, {one['interval'][1]:+.4f}]",
+                f"{one['p_value']:.3f}" if any(one["interval"]) else "–",  # outputs alike have no p
+            ]
+            for one in contrasts
+        ]
+        parts += ["## Differences", table(["", "inputs", "runs", f"{study.primary} [95%]", "p"], rows)]
+        parts.append("Paired bootstrap over outputs; it does not see the chance in samples and seeds.")
+    if study.expected:
+        parts += ["What the paper lets us expect:", "\n".join(f"- {one}" for one in study.expected)]
+    if study.published:
+        figures = list(dict.fromkeys(name for _, row in study.published for name in row))
+        rows = [[name, *(f"{row[f]:g}" if f in row else "–" for f in figures)] for name, row in study.published]
+        parts += ["## The paper's figures (Li & Liang 2021)", table(["", *figures], rows)]
+    if study.differs:
+        parts.append(f"What differs: {study.differs}")
+    run = found[0].runs[0]
+    parts.append(
+        f"Ours: base `{study.base}` in {run['dtype']}, {run['machine']['threads']} threads, torch {run['machine']['torch']}, "
+        f"batches of 16 rows, {'greedy' if study.beams == 1 else f'beams {study.beams}'}."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+
+
+def plot(study: Study, found: Sequence[Line]) -> None:
+    """Curves where arms are points of them, else a bar an arm; whiskers are the 95% intervals."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no plot: this needs the package 'matplotlib': pip install 'foreword[bench]'", file=sys.stderr)
+        return
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    groups = list(found[0].scores)
+    curves = dict.fromkeys(line.arm.line for line in found if line.arm.line is not None)
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(5.5 * len(groups), 4), squeeze=False, sharey=True)
+    # the figure's name without its suite, as scores have it
+    name = study.primary.rpartition(".")[2]
+    for axis, group in zip(axes[0], groups, strict=True):
+        if curves:
+            for curve in curves:
+                points = sorted((line for line in found if line.arm.line == curve), key=lambda line: line.arm.x or 0)
+                xs = [line.arm.x for line in points]
+                axis.errorbar(xs, *whiskers(points, group, name), marker="o", capsize=3, label=curve)
+            axis.set_xlabel(study.x_label)
+            axis.set_xscale("log")
+            axis.set_xticks(sorted({line.arm.x for line in found if line.arm.x is not None}))
+            axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+            axis.minorticks_off()
+            axis.legend()
+        else:
+            values, errors = whiskers(found, group, name)
+            axis.bar([line.arm.name for line in found], values, yerr=errors, capsize=3, color="#7a9cc6")
+            axis.tick_params(axis="x", rotation=60)
+        axis.set_title(group if len(groups) > 1 else study.title, fontsize=9)
+    axes[0][0].set_ylabel(name)
+    figure.tight_layout()
+    with write_atomically(RESULTS / f"{study.full_name}.svg") as aside:
+        figure.savefig(aside, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def whiskers(found: Sequence[Line], group: str, name: str) -> tuple[list[float], list[list[float]]]:
+    """The values, and how far each one's interval reaches below and above."""
+    values = [line.scores[group].figures[name] for line in found]
+    ends = [line.scores[group].intervals[name] for line in found]
+    below = [max(0.0, v - low) for v, (low, _) in zip(values, ends, strict=True)]
+    above = [max(0.0, high - v) for v, (_, high) in zip(values, ends, strict=True)]
+    return values, [below, above]

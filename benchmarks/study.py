@@ -1,0 +1,308 @@
+"""A study: arms that are trained on the same rows with the same budget, and what comes of it.
+
+An arm's learning rate is chosen with the first sample and seed, by the rule of `runs.best_rate`, on development data; then
+every sample and seed is run. `report` writes NAME.md, NAME.json and NAME.svg, finished or not; what is missing is said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import foreword
+from benchmarks.methods import GRIDS, METHODS, Options, fit
+from benchmarks.runs import Runs, best_rate
+from foreword.data import rows_of
+from foreword.evaluate import Scores, paired_bootstrap, score, score_groups
+from foreword.generation import GenerateSettings
+from foreword.prefix import Framing
+from foreword.tasks import Example
+
+RESULTS = Path(__file__).with_name("results")
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What one sample is trained and tried on.
+
+    Args:
+        train: records.
+        dev: what learning rates are chosen on.
+        test: what is reported, the same for every sample.
+        groups: by name, places among `test`, such as seen and unseen categories; `all` is always there.
+    """
+
+    train: Sequence[Mapping[str, Any]]
+    dev: Sequence[Example]
+    test: Sequence[Example]
+    groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A line of the table.
+
+    Args:
+        name: of the line; also of its runs' files.
+        method: a name in METHODS; its learning rates are those of GRIDS under `grid` or, by default, the method.
+        rows: training rows.
+        epochs: passes over them.
+        options: for the method.
+        rate_of: the arm whose chosen learning rate is taken. Default: its own is chosen.
+        line, x: of a curve in the plot, if it is a point of one.
+    """
+
+    name: str
+    method: str
+    rows: int
+    epochs: int
+    options: Options = field(default_factory=Options)
+    grid: str | None = None
+    rate_of: str | None = None
+    line: str | None = None
+    x: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """See the module.
+
+    Args:
+        name: of the files.
+        title: of the report.
+        base: as `load_base` takes it.
+        arms: the lines.
+        data: gives `Data` for (sample, rows); the test data may not depend on them.
+        metrics: as `score` takes them; `primary` is one of their figures, for choosing and for plots.
+        contrasts: pairs of arms, compared by a paired bootstrap, the second against the first.
+        samples, seeds: of training rows, and of all else that is random.
+        framing, new_tokens, beams: how outputs are generated.
+        epochs_note, cut: what the report says of the default size.
+        published: the paper's figures: a name, then figures by name.
+        differs: what is not as in the paper.
+        expected: what the paper lets us expect.
+        x_label: of the plot.
+        settings: what was changed from the defaults, by flag; it names the folder.
+    """
+
+    name: str
+    title: str
+    base: str
+    arms: Sequence[Arm]
+    data: Callable[[int, int], Data]
+    metrics: str
+    primary: str
+    contrasts: Sequence[tuple[str, str]] = ()
+    samples: int = 1
+    seeds: int = 1
+    framing: Framing = field(default_factory=Framing)
+    new_tokens: int = 80
+    max_output_tokens: int | None = None
+    beams: int = 1
+    dtype: str | None = None
+    device: str | None = None
+    cut: str = ""
+    published: Sequence[tuple[str, Mapping[str, float]]] = ()
+    differs: str = ""
+    expected: Sequence[str] = ()
+    x_label: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def full_name(self) -> str:
+        changed = "".join(f"-{flag}{value}" for flag, value in sorted(self.settings.items()))
+        return (self.name + changed).strip("/").replace("/", "_")
+
+    @property
+    def runs(self) -> Runs:
+        return Runs(RESULTS / self.full_name)
+
+    def arm(self, name: str) -> Arm:
+        return next(arm for arm in self.arms if arm.name == name)
+
+
+class Unit(NamedTuple):
+    """One run."""
+
+    arm: str
+    lr: float
+    sample: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{slug(self.arm)}-lr{self.lr:g}-sample{self.sample}-seed{self.seed}"
+
+
+def slug(arm: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", arm)
+
+
+def rate(study: Study, arm: Arm) -> tuple[float | None, list[float]]:
+    """The arm's learning rate, or None and those to try next."""
+    if arm.rate_of is not None:
+        return rate(study, study.arm(arm.rate_of))[0], []
+    first = [r for r in study.runs.matching(f"{slug(arm.name)}-lr*-sample0-seed0") if r["arm"] == arm.name]
+    return best_rate({r["lr"]: r["dev_score"] for r in first}, GRIDS[arm.grid or arm.method])
+
+
+def todo(study: Study) -> list[Unit]:
+    """What can be run now: learning rates first, then a turn for each arm, so that what is unfinished is so evenly."""
+    rates, rest = [], []
+    for arm in study.arms:
+        best, tried = rate(study, arm)
+        rates += [Unit(arm.name, lr, 0, 0) for lr in tried]
+        if best is not None:
+            rest += [Unit(arm.name, best, i, j) for i in range(study.samples) for j in range(study.seeds)]
+    left = [unit for unit in rest if study.runs.get(unit.name) is None]
+    return rates + sorted(left, key=lambda unit: (unit.sample, unit.seed))
+
+
+def run(study: Study, unit: Unit) -> dict[str, Any]:
+    """Train and generate; what is kept of it."""
+    arm = study.arm(unit.arm)
+    data = study.data(unit.sample, arm.rows)
+    base = foreword.load_base(study.base, dtype=study.dtype, device=study.device)
+    options = dataclasses.replace(arm.options, seed=unit.seed)
+    length = 0 if arm.method in ("full", "top2", "lora") else options.length
+    rows = rows_of(base, data.train, study.framing, length=length, max_output_tokens=study.max_output_tokens)
+    learner = METHODS[arm.method](base, rows, options)
+    parameters = sum(p.numel() for p in learner.parameters)
+    fitted = fit(learner, rows, lr=unit.lr, epochs=arm.epochs, batch_size=BATCH, seed=unit.seed)
+    diverged = fitted.loss == float("inf")
+    result = {
+        **unit._asdict(),
+        **{"rows": len(rows), "epochs": arm.epochs, "parameters": parameters, "dtype": str(base.dtype)},
+        **{"train_seconds": fitted.seconds, "tokens": fitted.tokens, "diverged": diverged},
+    }
+    if diverged:
+        print(f"{unit.name}: diverged", flush=True)
+        return {**result, "train_loss": None, "dev_score": 0.0, "test_score": 0.0, "test_outputs": None}
+    prefix = learner.finish()
+    settings = GenerateSettings(max_new_tokens=study.new_tokens, num_beams=study.beams, batch_size=25)
+
+    def texts(examples: Sequence[Example]) -> list[str]:
+        inputs = [one.input for one in examples]
+        found = foreword.generate(base, inputs, prefix, settings=settings, framing=study.framing)
+        return [" ".join(text.split()) for text in found]
+
+    began = time.perf_counter()
+    dev, test = texts(data.dev), texts(data.test)
+    result |= {
+        "train_loss": fitted.loss,
+        "dev_score": figure(study, data.dev, dev),
+        "test_score": figure(study, data.test, test),
+        "generate_seconds": time.perf_counter() - began,
+        "machine": machine(base),
+        "test_outputs": test,
+    }
+    print(
+        f"{unit.name}: loss {fitted.loss:.3f}, {study.primary} dev {result['dev_score']:.4f} "
+        f"test {result['test_score']:.4f}, {fitted.seconds:.0f} s of training",
+        flush=True,
+    )
+    return result
+
+
+def figure(study: Study, examples: Sequence[Example], outputs: Sequence[str]) -> float:
+    name = study.primary
+    (value,) = score([one.references for one in examples], outputs, name).figures.values()
+    return value
+
+
+def machine(base: Any) -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "device": str(base.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "foreword": foreword.__version__,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What an arm came to."""
+
+    arm: Arm
+    lr: float
+    runs: Sequence[Mapping[str, Any]]
+    scores: Mapping[str, Scores]
+
+    @property
+    def parameters(self) -> int:
+        return int(self.runs[0]["parameters"])
+
+    @property
+    def values(self) -> list[float]:
+        return [run["test_score"] for run in self.runs]
+
+
+def lines(study: Study, *, samples: int = 1000) -> list[Line]:
+    """The arms of which there are runs at the chosen learning rate, with figures of all those runs' outputs together."""
+    found = []
+    for arm in study.arms:
+        lr, _ = rate(study, arm)
+        if lr is None:
+            continue
+        runs = [
+            result
+            for i in range(study.samples)
+            for j in range(study.seeds)
+            if (result := study.runs.get(Unit(arm.name, lr, i, j).name)) is not None and not result["diverged"]
+        ]
+        if not runs:
+            continue
+        data = study.data(0, arm.rows)
+        count = len(data.test)
+        references = [one.references for one in data.test] * len(runs)
+        outputs = [text for run in runs for text in run["test_outputs"]]
+        groups = {
+            name: [k * count + i for k in range(len(runs)) for i in places]
+            for name, places in {"all": range(count), **data.groups}.items()
+        }
+        scores = score_groups(references, outputs, groups, study.metrics, samples=samples)
+        found.append(Line(arm=arm, lr=lr, runs=runs, scores=scores))
+    return found
+
+
+def compare(study: Study, found: Sequence[Line], *, samples: int = 1000) -> list[dict[str, Any]]:
+    """The contrasts of which both arms are there, over the runs that both have, for each group of the test data."""
+    by_name = {line.arm.name: line for line in found}
+    compared = []
+    for before, after in study.contrasts:
+        if before not in by_name or after not in by_name:
+            continue
+        runs = [{(r["sample"], r["seed"]): r for r in by_name[name].runs} for name in (before, after)]
+        shared = sorted(runs[0].keys() & runs[1].keys())
+        data = study.data(0, study.arm(before).rows)
+        for group, places in {"all": range(len(data.test)), **data.groups}.items():
+            texts = [[own[key]["test_outputs"][i] for key in shared for i in places] for own in runs]
+            references = [data.test[i].references for _ in shared for i in places]
+            result = paired_bootstrap(references, *texts, study.primary, samples=samples)
+            (one,) = result.values()
+            compared.append(
+                {
+                    **{"baseline": before, "system": after, "group": group, "metric": study.primary},
+                    **{"runs": len(shared), "difference": one.system - one.baseline},
+                    **{"interval": list(one.interval), "p_value": one.p_value},
+                }
+            )
+    return compared
+
+
+def sampled(records: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """`count` of the records, another choice for each seed; an error where there are fewer."""
+    if count > len(records):
+        raise SystemExit(f"expected at most {len(records)} training rows; got {count}")
+    return random.Random(seed).sample(list(records), count)

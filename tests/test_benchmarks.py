@@ -1,0 +1,436 @@
+"""What the benchmarks rest on: the rule for learning rates, the ways to tune, studies that go on, and the small BART."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from transformers import BartConfig
+from transformers.utils import logging
+
+import benchmarks.bart
+import benchmarks.report
+import benchmarks.study
+import foreword
+from benchmarks.bart import BOS, EOS, MASK, corrupt, pretrain
+from benchmarks.methods import METHODS, Options, fit
+from benchmarks.paper.__main__ import options_of
+from benchmarks.paper.studies import STUDIES
+from benchmarks.report import report
+from benchmarks.runs import MOST_RATES, Runs, best_rate
+from benchmarks.study import Arm, Data, Study, Unit, sampled, todo
+from foreword.attach import attach
+from foreword.bases import Base, load_base
+from foreword.data import rows_of
+from foreword.learner import mean_loss
+from foreword.prefix import Framing
+from foreword.tasks import Example
+
+# PEFT asks transformers by a name that its newest release has given up
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+RECORDS = [{"input": f"item {i}", "output": f"{i} is {'odd' if i % 2 else 'even'}"} for i in range(11)]
+
+
+def base_of(family: str, dtype: torch.dtype = torch.float32) -> Base:
+    return Base(tiny_model(family, dtype=dtype), tiny_tokenizer(family), f"tiny {family}")
+
+
+# learning rates and runs
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "tried"),
+    [
+        ({}, None, [1.0, 2.0, 4.0]),
+        ({2.0: 5}, None, [1.0, 4.0]),
+        ({1.0: 1, 2.0: 5, 4.0: 3}, 2.0, []),
+        ({1.0: 1, 2.0: 5, 4.0: 7}, None, [8.0]),
+        ({1.0: 9, 2.0: 5, 4.0: 7}, None, [0.5]),
+        ({0.5: 8, 1.0: 9, 2.0: 5, 4.0: 7}, 1.0, []),
+        ({2.0**i: i for i in range(MOST_RATES)}, 2.0 ** (MOST_RATES - 1), []),
+    ],
+)
+def test_the_best_rate_is_not_at_the_edge(scores: dict[float, float], best: float | None, tried: list[float]) -> None:
+    assert best_rate(scores, [1.0, 2.0, 4.0]) == (best, tried)
+
+
+class One(NamedTuple):
+    name: str
+
+
+def test_runs_go_on_and_are_not_done_twice(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs")
+    names = ["a", "b", "c"]
+    did: list[str] = []
+
+    def run(unit: One) -> dict[str, str]:
+        if unit.name == "b" and did.count("b") == 0:
+            did.append("b")
+            raise KeyboardInterrupt
+        did.append(unit.name)
+        return {"is": unit.name}
+
+    def left() -> list[One]:
+        return [One(name) for name in names if runs.get(name) is None]
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.work(left, run)
+    assert runs.get("a") == {"is": "a"}
+    assert runs.get("b") is None
+    with runs.claim("c") as mine:
+        assert mine
+        runs.work(left, run)  # as another process: the claimed one is left to us
+    assert did == ["a", "b", "b"]
+    runs.work(left, run)
+    assert did == ["a", "b", "b", "c"]
+    assert sorted(path.name for path in runs.folder.iterdir()) == ["a.json", "b.json", "c.json"]
+
+
+# ways to tune
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_method_learns_and_its_prefix_is_what_it_learnt(method: str, dtype: torch.dtype) -> None:
+    base = base_of("llama", dtype)
+    before = {name: p.clone() for name, p in base.model.named_parameters()}
+    rows = rows_of(base, RECORDS, Framing())
+    learner = METHODS[method](base, rows, Options(length=3, rank=2, seed=1))
+    assert learner.parameters
+    first = learner.loss(rows)
+    first.backward()
+    silent = [p.shape for p in learner.parameters if p.grad is None or not p.grad.any()]
+    # LoRA's second factor starts at zero, so its first has no gradient yet
+    assert all(shape[0] == 2 for shape in silent) if method == "lora" else silent == []
+    for parameter in learner.parameters:
+        parameter.grad = None
+    fitted = fit(learner, rows, lr=3e-3, epochs=6, batch_size=4, seed=0)
+    assert fitted.tokens == 6 * sum(map(len, rows))
+    last = learner.loss(rows).item()
+    assert last < first.item() - 0.05
+    prefix = learner.finish()
+    changed = {
+        name for name, p in before.items() if not torch.equal(p, dict(base.model.named_parameters()).get(name, p))
+    }
+    assert not any(p.requires_grad for p in base.model.parameters())
+    if method in ("full", "top2", "lora"):
+        assert prefix is None
+        expected = {"full": set(before), "top2": {n for n in before if ".layers.1." in n or ".layers.2." in n}}
+        assert changed == expected.get(method, set())
+        return
+    assert changed == set()
+    assert prefix is not None
+    prefix.check(base)
+    with attach(base.model, prefix) as attachment:
+        again = mean_loss(base, rows, attachment)
+    # the batch's mean is over y tokens, as mean_loss has it
+    assert again == pytest.approx(last, rel=1e-4 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"reparametrization": "mlp"},
+        {"reparametrization": "embedding"},
+        {"infix": True},
+        {"init": "random"},
+        {"init_text": "words of the task"},
+    ],
+    ids=str,
+)
+def test_variants_of_the_prefix_learn_and_generate(variant: dict[str, Any]) -> None:
+    base = base_of("llama")
+    rows = rows_of(base, RECORDS, Framing())
+    learner = METHODS["prefix"](base, rows, Options(length=3, **variant))
+    first = learner.loss(rows).item()
+    assert all(parameter.requires_grad for parameter in learner.parameters)
+    fit(learner, rows, lr=3e-3, epochs=6, batch_size=4, seed=0)
+    assert learner.loss(rows).item() < first - 0.05
+    prefix = learner.finish()
+    assert prefix is not None
+    assert prefix.infix is variant.get("infix", False)
+    settings = foreword.GenerateSettings(max_new_tokens=3)
+    assert len(foreword.generate(base, ["item 1", "item 20"], prefix, settings=settings)) == 2
+
+
+def test_how_many_parameters_learn() -> None:
+    def count(method: str, **options: Any) -> int:
+        base = base_of("llama")
+        rows = rows_of(base, RECORDS, Framing())
+        learner = METHODS[method](base, rows, Options(**options))
+        return sum(p.numel() for p in learner.parameters)
+
+    assert count("prefix", length=5) == 5 * 3 * 2 * 2 * 14
+    assert count("prompt", length=5) == 5 * 84
+    assert count("lora", rank=2) == 3 * (2 * (84 + 84) + 2 * (84 + 28))
+    total = sum(p.numel() for p in base_of("llama").model.parameters())
+    assert count("full") == total
+    assert 0 < count("top2") < total
+
+
+def test_the_decoders_section_alone() -> None:
+    base = base_of("bart")
+    rows = rows_of(base, RECORDS, Framing())
+    alone = METHODS["prefix"](base, rows, Options(length=3, section="decoder"))
+    assert sum(p.numel() for p in alone.parameters) == 3 * 3 * 2 * 84
+    encoder: dict[str, torch.Tensor] = {}
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        encoder["last"] = output.last_hidden_state.detach().clone()
+
+    handle = base.model.get_encoder().register_forward_hook(keep)
+    first = alone.loss(rows).item()
+    inside = encoder["last"]
+    fit(alone, rows, lr=1e-1, epochs=2, batch_size=4, seed=0)
+    assert alone.loss(rows).item() < first
+    assert torch.equal(encoder["last"], inside), "the encoder has a prefix"
+    handle.remove()
+    assert alone.finish() is None
+
+
+def test_a_run_that_diverges_says_so() -> None:
+    base = base_of("llama")
+    rows = rows_of(base, RECORDS, Framing())
+    learner = METHODS["full"](base, rows, Options())
+    assert fit(learner, rows, lr=1e30, epochs=2, batch_size=4, seed=0).loss == float("inf")
+
+
+# studies
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    logging.disable_progress_bar()
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tiny_tokenizer("llama").save_pretrained(tmp_path / "base")
+    yield tmp_path / "base"
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for module in (benchmarks.study, benchmarks.report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    return tmp_path / "results"
+
+
+EXAMPLES = [
+    Example(row["input"], (row["output"], f"It's {row['output']}."), None, str(i)) for i, row in enumerate(RECORDS)
+]
+
+
+def tiny_study(folder: Path, **more: Any) -> Study:
+    def data(sample: int, rows: int) -> Data:
+        test = EXAMPLES[6:11]
+        return Data(
+            train=sampled(RECORDS[:6], rows, sample),
+            dev=EXAMPLES[:2],
+            test=test,
+            groups={"seen": [0, 1], "unseen": [2, 3, 4]},
+        )
+
+    own = {"rows": 4, "epochs": 1, "options": Options(length=2)}
+    return Study(
+        **{
+            "name": "tiny",
+            "title": "Tiny",
+            "base": str(folder),
+            "arms": [
+                Arm(name="tuned 4", method="top2", line="tuned", x=4, **own),
+                Arm(name="prefix 4", method="prefix", line="prefix", x=4, **own),
+                Arm(name="prefix 5", method="prefix", line="prefix", x=5, rate_of="prefix 4", **{**own, "rows": 5}),
+            ],
+            "data": data,
+            "metrics": "rouge,webnlg.TER",
+            "primary": "ROUGE-L",
+            "contrasts": [("tuned 4", "prefix 4")],
+            "samples": 2,
+            "new_tokens": 4,
+            "published": [("theirs", {"ROUGE-L": 37.25})],
+            "differs": "all",
+            "x_label": "rows",
+            **more,
+        }
+    )
+
+
+def test_a_study_goes_on_and_reports_what_is_missing(
+    folder: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(folder)
+    first = todo(study)
+    assert [(unit.arm, unit.sample, unit.seed) for unit in first] == [("tuned 4", 0, 0)] * 3 + [("prefix 4", 0, 0)] * 3
+    text = report(study, command="the command")
+    assert "**Unfinished**: 6 runs" in text
+    assert "No arm has a finished run at a chosen learning rate yet." in text
+
+    scores = {"tuned 4": {1e-4: 0.1, 2e-4: 0.2, 4e-4: 0.1}, "prefix 4": {1e-2: 0.1, 2e-2: 0.3, 4e-2: 0.2}}
+    done: list[Unit] = []
+    real = benchmarks.study.run
+
+    def run(unit: Unit) -> dict[str, Any]:
+        if len(done) == 8:
+            raise KeyboardInterrupt
+        done.append(unit)
+        result = real(study, unit)
+        if unit.sample == 0 and unit.arm in scores:
+            result["dev_score"] = scores[unit.arm][unit.lr]
+        return result
+
+    with pytest.raises(KeyboardInterrupt):
+        study.runs.work(lambda: todo(study), run)
+    assert done[6:] == [Unit("prefix 5", 2e-2, 0, 0), Unit("tuned 4", 2e-4, 1, 0)]
+    assert [unit.arm for unit in todo(study)] == ["prefix 4", "prefix 5"]
+    text = report(study, command="the command")
+    assert (
+        "**Unfinished**: 2 runs that can be made now are not there, the first `prefix_4-lr0.02-sample1-seed0`" in text
+    )
+    facts = json.loads((results / "tiny.json").read_text("utf-8"))
+    assert {line["arm"]: line["runs"] for line in facts["lines"]} == {"tuned 4": 2, "prefix 4": 1, "prefix 5": 1}
+    assert facts["contrasts"][0]["runs"] == 1
+
+    done.clear()
+    study.runs.work(lambda: todo(study), lambda unit: real(study, unit))
+    assert todo(study) == []
+    text = report(study, command="the command")
+    assert "Unfinished" not in text
+    assert text == (results / "tiny.md").read_text("utf-8")
+    for words in (
+        "# Tiny",
+        "`the command`",
+        "## Test inputs: unseen",
+        "| theirs | 37.25 |",
+        "prefix 4 – tuned 4",
+        "What differs: all",
+    ):
+        assert words in text, words
+    assert (results / "tiny.svg").read_text("utf-8").startswith("<?xml")
+    facts = json.loads((results / "tiny.json").read_text("utf-8"))
+    assert facts["unfinished"] == []
+    (line,) = [line for line in facts["lines"] if line["arm"] == "prefix 4"]
+    assert (line["learning_rate"], line["runs"], len(line["values"])) == (2e-2, 2, 2)
+    assert line["groups"]["seen"]["figures"].keys() == {"ROUGE-1", "ROUGE-2", "ROUGE-L", "TER"}
+
+
+def test_another_size_has_another_folder(folder: Path, results: Path) -> None:
+    study = tiny_study(folder, settings={"rows": 7, "base": "/a/b"})
+    assert study.runs.folder.parent == results
+    assert study.full_name == "tiny-base_a_b-rows7".replace("base_a_b", "base_a_b")
+
+
+def test_samples_differ_and_repeat() -> None:
+    assert sampled(range(50), 5, 0) == sampled(range(50), 5, 0)
+    assert sampled(range(50), 5, 0) != sampled(range(50), 5, 1)
+    with pytest.raises(SystemExit, match="expected at most 3 training rows; got 4"):
+        sampled(range(3), 4, 0)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_papers_studies_are_whole(name: str) -> None:
+    make, _ = STUDIES[name]
+    study = make(options_of([name, *(["--base", "a-base"] if name == "encoder-decoder" else [])]))
+    names = [arm.name for arm in study.arms]
+    assert len(set(names)) == len(names)
+    assert {one for pair in study.contrasts for one in pair} <= set(names)
+    assert {arm.rate_of for arm in study.arms} - {None} <= set(names)
+    assert all(arm.method in METHODS for arm in study.arms)
+    assert study.published
+    assert study.differs
+    assert study.cut
+
+
+def test_flags_of_the_paper() -> None:
+    make, _ = STUDIES["webnlg"]
+    study = make(options_of(["webnlg", "--rows", "70", "--seeds", "3", "--test", "some/test"]))
+    assert study.full_name == "webnlg-rows70-testsome_test"
+    assert (study.seeds, study.arms[0].rows) == (3, 70)
+    few = STUDIES["e2e-lowdata"][0](options_of(["e2e-lowdata", "--sizes", "50", "500"]))
+    assert few.full_name == "e2e-lowdata"
+    assert [arm.name for arm in few.arms] == ["prefix 50", "prefix 500", "fine-tuning 50", "fine-tuning 500"]
+    assert few.arms[0].rate_of == "prefix 500"
+    with pytest.raises(SystemExit):
+        options_of(["ablations", "--test", "folder"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["e2e-lowdata", "webnlg", "ablations", "summarization"])
+def test_the_papers_rows_are_apart(name: str, data_folder: Path) -> None:
+    make, _ = STUDIES[name]
+    study = make(options_of([name]))
+    for arm in study.arms[:4]:
+        first, second = (study.data(sample, arm.rows) for sample in (0, 1))
+        assert len(first.train) == arm.rows
+        assert list(first.train) != list(second.train)
+        assert [one.input for one in first.test] == [one.input for one in second.test]
+        trained = {row["input"] for row in first.train}
+        assert not trained & {one.input for one in [*first.dev, *first.test]}
+        assert not {one.input for one in first.dev} & {one.input for one in first.test}
+
+
+# the small BART
+
+
+def test_corruption_keeps_what_it_does_not_mask() -> None:
+    rng = random.Random(0)
+    sentences = [list(range(100 * i, 100 * i + 37)) for i in range(1, 4)]
+    kept = []
+    for _ in range(200):
+        out = corrupt(sentences, rng)
+        assert (out[0], out[-1]) == (BOS, EOS)
+        words = [token for token in out[1:-1] if token != MASK]
+        assert len(set(words)) == len(words)
+        for sentence in sentences:
+            mine = [token for token in words if token in sentence]
+            assert mine == sorted(mine)
+        kept.append(len(words) / 111)
+    assert 0.66 < sum(kept) / len(kept) < 0.8
+    assert any(corrupt(sentences, rng)[1] > 200 for _ in range(20)), "the sentences are never in another order"
+
+
+def test_pretraining_is_gone_on_with_and_gives_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["a package for", "the library", "of tools", "reads mail.", "It is small.", "Documents are here:"]
+    texts = [" ".join(random.Random(i).choices(words, k=9)) for i in range(60)]
+    monkeypatch.setattr(benchmarks.bart, "documents", lambda limit: texts)
+    monkeypatch.setattr(benchmarks.bart, "HELD_OUT", 7)
+    real_tokenizer = benchmarks.bart.train_tokenizer
+    monkeypatch.setattr(benchmarks.bart, "train_tokenizer", lambda texts: real_tokenizer(texts, 300))
+    config = BartConfig(
+        **{"vocab_size": 300, "d_model": 12, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 13},
+        **{"decoder_ffn_dim": 13, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+        **{"max_position_embeddings": 300, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2},
+        **{"decoder_start_token_id": 2, "forced_eos_token_id": 2},
+    )
+    real, calls = benchmarks.bart.save_checkpoint, 0
+
+    def save(*arguments: Any) -> None:
+        nonlocal calls
+        real(*arguments)
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmarks.bart, "save_checkpoint", save)
+    folder = tmp_path / "bart"
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(folder, minutes=0.02, config=config, every=0.1)
+    assert not folder.exists()
+    state = torch.load(tmp_path / "bart.unfinished" / "checkpoint.pt", weights_only=True)["state"]
+    assert pretrain(folder, minutes=0.02, config=config, every=0.1) == folder
+    facts = json.loads((folder / "pretraining.json").read_text("utf-8"))
+    assert facts["step"] > state["step"] > 0
+    assert facts["curve"][: len(state["curve"])] == state["curve"]
+    assert facts["curve"][-1]["held_out_loss"] < facts["curve"][0]["held_out_loss"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bart"]
+    base = load_base(folder)
+    assert list(base.shapes) == ["encoder", "decoder", "cross"]
+    row = rows_of(base, [{"input": "a package", "output": "the library"}], Framing(template="{input}"))[0]
+    assert (row.x[0], row.x[-1], row.y[0], row.y[-1]) == (BOS, EOS, BOS, EOS)
+    monkeypatch.setattr(benchmarks.bart, "documents", lambda limit: pytest.fail("it is there"))
+    pretrain(folder, minutes=0.02)
