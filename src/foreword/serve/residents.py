@@ -123,6 +123,17 @@ class Residents:
             self._changed.notify_all()
         return prefix
 
+    def acquire_now(self, sha256: str) -> Prefix | None:
+        """As `acquire` for what is in memory already; None, at once, for what is not."""
+        with self._changed:
+            resident = self._residents.get(sha256)
+            if resident is None or resident.prefix is None or resident.doomed:
+                return None
+            resident.held += 1
+            self.hits += 1
+            self._residents.move_to_end(sha256)
+            return resident.prefix
+
     def _make_room(self, size: int) -> bool:
         """Whether so many bytes are free, after letting go of what nobody holds, the least recently used first."""
         for sha256 in list(self._residents):
