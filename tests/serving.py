@@ -1,0 +1,41 @@
+"""What the tests of the server share: tiny bases, and prefixes of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from tiny import EOS, random_prefix, tiny_model, tiny_tokenizer
+
+from foreword.bases import Base
+from foreword.prefix import Card, Framing, Prefix
+
+CONFIG: dict[str, dict[str, Any]] = {"gemma3": {"tie_word_embeddings": False}, "t5": {"num_decoder_layers": 2}}
+"""Tied, a random Gemma repeats itself; transformers' own generation, the reference, wants as many encoder layers."""
+ENDS = [EOS, *range(0, 256, 9)]
+"""Tokens that end a text, so that random models end some of theirs."""
+
+
+def make_base(family: str, *, dtype: torch.dtype = torch.float32, **config: Any) -> Base:
+    """A tiny base of its own, which may be attached to."""
+    model = tiny_model(family, dtype=dtype, **{**CONFIG.get(family, {}), **config})
+    model.generation_config.eos_token_id = list(ENDS)
+    model.generation_config.forced_eos_token_id = None
+    return Base(model, tiny_tokenizer(family), f"tiny-{family}")
+
+
+@functools.cache
+def reference_base(family: str) -> Base:
+    """One for all references, which leave it as it was."""
+    return make_base(family)
+
+
+def copy_of(base: Base) -> Base:
+    return Base(copy.deepcopy(base.model), base.tokenizer, base.name)
+
+
+def prefix_for(base: Base, length: int, seed: int = 0, **framing: Any) -> Prefix:
+    prefix = random_prefix(base.model, length, seed=1000 * length + seed)
+    return Prefix(prefix.sections, Card(base=base.name, fingerprint=base.fingerprint, framing=Framing(**framing)))
