@@ -2,7 +2,7 @@
 
 vLLM counts P cached tokens before x, so a prompt begins with P token ids that are never computed. They are derived from
 the content's hash, as is the salt of its cached blocks: two prefixes, or two versions of one, have different ids, and
-whoever names one and sends another's ids is refused. This module needs neither vLLM nor torch.
+whoever names one and sends another's ids is refused. This module needs no vLLM.
 """
 
 from __future__ import annotations

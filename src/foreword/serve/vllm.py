@@ -271,6 +271,7 @@ class VllmEngine(Engine):
             await llm.abort(list(llm.output_processor.request_states), internal=True)
             if llm.output_handler is not None:
                 llm.output_handler.cancel()
+                await asyncio.wait([llm.output_handler])
             await asyncio.to_thread(llm.shutdown)
 
 
@@ -299,6 +300,8 @@ def _listener(told: dict[str, float]) -> Callable[..., Any]:
             """Nothing to set up."""
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+            if iteration_stats is not None:
+                told["preemptions"] = told.get("preemptions", 0) + iteration_stats.num_preempted_reqs
             if scheduler_stats is None:
                 return
             told["running"] = scheduler_stats.num_running_reqs
