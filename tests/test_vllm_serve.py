@@ -82,8 +82,14 @@ class Server:
         vocab = self.base.model.config.vocab_size
         return completion_fields(self.versions[name], self.prefixes[name].length, tokens, vocab)
 
+    def text(self, fields: dict[str, Any]) -> str:
+        """vLLM's own text lacks a character that is not whole, at its end; its tokens do not."""
+        tokens = self.post(fields)["choices"][0]["token_ids"]
+        assert len(tokens) == MAX_TOKENS or tokens[-1] == self.base.end_id
+        return self.base.decode(tokens)
+
     def post(self, fields: dict[str, Any]) -> dict[str, Any]:
-        body = {"model": "base", "max_tokens": MAX_TOKENS, "temperature": 0, **fields}
+        body = {"model": "base", "max_tokens": MAX_TOKENS, "temperature": 0, "return_token_ids": True, **fields}
         request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -123,15 +129,13 @@ def test_completions_with_prefixes_of_a_store(server: Server) -> None:
     assert len(set(want)) == len(rows)
     with ThreadPoolExecutor(16) as pool:
         for _ in range(2):
-            answers = list(pool.map(lambda row: server.post(server.fields(*row)), rows))
-            assert [answer["choices"][0]["text"] for answer in answers] == want
+            assert list(pool.map(lambda row: server.text(server.fields(*row)), rows)) == want
 
 
 def test_put_and_replaced_while_it_runs(server: Server) -> None:
     for seed in range(2):
         server.put("new", prefix_for(server.base, 11, seed=seed))
-        answer = server.post(server.fields("Moss Lantern", "new"))
-        assert [answer["choices"][0]["text"]] == expected(server, [("Moss Lantern", "new")])
+        assert [server.text(server.fields("Moss Lantern", "new"))] == expected(server, [("Moss Lantern", "new")])
 
 
 def test_a_request_that_cannot_be_served_gets_an_error_and_the_log_a_reason(server: Server) -> None:
@@ -147,8 +151,7 @@ def test_a_request_that_cannot_be_served_gets_an_error_and_the_log_a_reason(serv
     server.store.delete("doomed")
     assert server.status(doomed) == 500
     assert "no prefix named 'doomed'" in server.log.read_text()
-    answer = server.post(good)
-    assert [answer["choices"][0]["text"]] == expected(server, [("x", "five")])
+    assert [server.text(good)] == expected(server, [("x", "five")])
 
 
 def test_a_client_that_forgets_the_salt(server: Server) -> None:
@@ -157,4 +160,4 @@ def test_a_client_that_forgets_the_salt(server: Server) -> None:
     for name in ("five", "five too", "five", "five too"):
         fields = server.fields(text, name)
         del fields["cache_salt"]
-        assert [server.post(fields)["choices"][0]["text"]] == expected(server, [(text, name)])
+        assert [server.text(fields)] == expected(server, [(text, name)])
