@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,7 +34,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
 from foreword.errors import ForewordError, SettingsError
-from foreword.prefix import Layer, Prefix
+from foreword.prefix import Prefix
 from foreword.serve.placeholders import cache_salt, parse_kv_transfer_params, placeholder_ids
 from foreword.serve.residents import Residents
 from foreword.store import Store, Version, key_of
@@ -62,12 +62,12 @@ class Loads(KVConnectorMetadata):
     """What the workers do before a step.
 
     Args:
-        layers: for each layer the keys and the values of all N vectors to write, each [G, N, D], of all heads.
+        vectors: [L, 2, G, N, D], for each layer the keys and the values of the N places to write, of all heads.
         slots: [N], where in the paged cache each goes.
         failed: ids of requests that cannot be served.
     """
 
-    layers: Sequence[Layer] = ()
+    vectors: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     failed: list[str] = field(default_factory=list)
 
@@ -97,6 +97,20 @@ class Served:
     name: str
     fingerprint: str
     shapes: dict[str, list[tuple[int, int]]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block(Prefix):
+    """A checked prefix in one piece, of which its sections are views.
+
+    Args:
+        vectors: [L, 2, G, P, D], in the base's dtype.
+    """
+
+    vectors: torch.Tensor
+
+    def __post_init__(self) -> None:
+        """Checked before; in a cold request's time to its first token once more would show."""
 
 
 @dataclass
@@ -209,7 +223,7 @@ class _Scheduler:
         self._store = Store(told["store"])
         self._residents = Residents(self._store, self._check, budget=told["budget"])
         self._wanted: dict[str, _Wanted] = {}
-        self._loads: list[tuple[Prefix, range, list[int]]] = []
+        self._loads: list[tuple[_Block, range, list[int]]] = []
         self._failed: list[str] = []
         # nobody outside this process can name a block of ours in vLLM's cache
         self._secret = secrets.token_hex(16)
@@ -220,8 +234,9 @@ class _Scheduler:
 
     def _check(self, prefix: Prefix) -> Prefix:
         prefix.check(self._served)  # type: ignore[arg-type]
-        layers = [(keys.to(self._dtype), values.to(self._dtype)) for keys, values in prefix.sections["decoder"]]
-        return Prefix({"decoder": layers}, prefix.card)
+        vectors = torch.stack([tensor for layer in prefix.sections["decoder"] for tensor in layer]).to(self._dtype)
+        vectors = vectors.unflatten(0, (-1, 2))
+        return _Block({"decoder": [(keys, values) for keys, values in vectors]}, prefix.card, vectors)
 
     def add(self, request: Request) -> None:
         """A new request: note its prefix, and keep its blocks in vLLM's cache apart from all others'."""
@@ -303,7 +318,7 @@ class _Scheduler:
         if wanted.error is not None:
             self._failed.append(request.request_id)
             return
-        assert wanted.prefix is not None
+        assert isinstance(wanted.prefix, _Block)
         length = wanted.prefix.length
         span = range(length - count, length)
         slots = [blocks[i // self._block_size] * self._block_size + i % self._block_size for i in span]
@@ -314,16 +329,9 @@ class _Scheduler:
         self._loads, self._failed = [], []
         if not loads:
             return Loads(failed=failed)
-        spans = [([*prefix.sections["decoder"]], slice(span.start, span.stop)) for prefix, span, _ in loads]
-        layers = [
-            (
-                torch.cat([of[i][0][:, span] for of, span in spans], dim=1),
-                torch.cat([of[i][1][:, span] for of, span in spans], dim=1),
-            )
-            for i in range(len(spans[0][0]))
-        ]
+        vectors = torch.cat([block.vectors[..., span.start : span.stop, :] for block, span, _ in loads], dim=-2)
         slots = torch.tensor([slot for *_, slots in loads for slot in slots], dtype=torch.int64)
-        return Loads(layers, slots, failed)
+        return Loads(vectors, slots, failed)
 
     def remove(self, request_id: str) -> None:
         """A request has ended: let go of its prefix, if need be when it comes."""
@@ -400,15 +408,12 @@ class _Worker:
                 )
 
     def write(self, loads: Loads) -> None:
-        if loads.slots is None:
+        if loads.vectors is None or loads.slots is None:
             return
         device = self._layers[0].kv_cache.device
         slots = loads.slots.to(device, non_blocking=True)
-        for layer, (keys, values) in zip(self._layers, loads.layers, strict=True):
-            keys, values = (
-                tensor[self._heads].transpose(0, 1).contiguous().to(device, non_blocking=True)
-                for tensor in (keys, values)
-            )
+        vectors = loads.vectors[:, :, self._heads].transpose(2, 3).contiguous().to(device, non_blocking=True)
+        for layer, (keys, values) in zip(self._layers, vectors, strict=True):
             layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, slots)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 
 from foreword.bases import Base, built_in_folder, load_base
 from foreword.builtin import BUILT_IN
-from foreword.errors import MissingExtraError, PrefixFileError, SettingsError, TooLongError
+from foreword.errors import ForewordError, MissingExtraError, PrefixFileError, SettingsError, TooLongError
 from foreword.generation import _ends
-from foreword.prefix import Prefix
+from foreword.prefix import Card, Prefix
 from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, Sampling, TokenLogprob
 from foreword.serve.placeholders import BUDGET, cache_salt, kv_transfer_config, kv_transfer_params, placeholder_ids
 from foreword.serve.text import TextSoFar
@@ -232,13 +233,15 @@ class VllmEngine(Engine):
         return length
 
     def _read(self, version: Version) -> int:
-        return Prefix.from_bytes(self.store.read(version)).check(self.base).length
+        data = self.store.read(version)
+        return _length_told(data, self.base.fingerprint) or Prefix.from_bytes(data).check(self.base).length
 
     async def _explain(self, request: Request) -> None:
         """vLLM says only that a request failed; looking again says why."""
         if request.prefix is not None:
             self._lengths.pop(request.prefix.sha256, None)
-            await self._length(request.prefix)
+            data = await asyncio.to_thread(self.store.read, request.prefix)
+            await asyncio.to_thread(lambda: Prefix.from_bytes(data).check(self.base))
         raise PrefixFileError(f"vLLM could not serve {request.prefix or 'the request'}: see its log, and try again")
 
     async def forget(self, sha256s: Collection[str]) -> None:
@@ -282,6 +285,20 @@ def _where(name: str) -> str | Path:
     if Path(name).suffix == ".gguf":
         raise SettingsError(f"vLLM does not read GGUF files; {name!r} is one: use the local engine")
     return Path(name).expanduser() if Path(name).expanduser().is_dir() else name
+
+
+def _length_told(data: bytes, fingerprint: str) -> int | None:
+    """P as a file's header tells it; None where that is odd, and the file is to be looked at whole.
+
+    The connector looks at it whole in any case, and a cold request's first token waits for both.
+    """
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if Card.from_json(header["__metadata__"]["foreword"]).fingerprint != fingerprint:
+            return None
+        return int(header["decoder.0.keys"]["shape"][1]) or None
+    except (ForewordError, ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def _told(token: int, at_place: Mapping[int, Any], count: int) -> TokenLogprob:
