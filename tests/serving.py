@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 import torch
+from test_generation import word_tokenizer
 from tiny import EOS, random_prefix, tiny_model, tiny_tokenizer
 
 from foreword.bases import Base
@@ -30,6 +31,14 @@ def make_base(family: str, *, dtype: torch.dtype = torch.float32, **config: Any)
 def reference_base(family: str) -> Base:
     """One for all references, which leave it as it was."""
     return make_base(family)
+
+
+@functools.cache
+def words_base(family: str) -> Base:
+    """One whose texts show their tokens, w5 w7; only the end token ends them."""
+    base = make_base(family)
+    base.model.generation_config.eos_token_id = EOS
+    return Base(base.model, word_tokenizer(), base.name)
 
 
 def copy_of(base: Base) -> Base:

@@ -92,14 +92,14 @@ def test_the_cache_holds_no_more_than_is_needed(family: str) -> None:
     runner = Runner(base)
     rows = [Row(x=[7] * 60, y=[]), *(Row(x=[i, 5], y=[]) for i in range(1, 6))]
     for row in rows:
-        assert runner.tokens_after(row) > 0
+        assert runner.tokens_with([row]) >= 3
         logits = runner.advance(runner.prefill([row]), 100)
         assert logits is not None
         row.y.append(3)
     # a decoder's columns are of x and y, or of the start token and y, beside its encoder's
-    assert runner.tokens_next == 6 * (61 if family == "llama" else 2 + 60)
+    assert runner.tokens_with() == 6 * (61 if family == "llama" else 2 + 60)
     runner.leave(rows[0])
-    assert runner.tokens_next == 5 * (3 if family == "llama" else 2 + 2)
+    assert runner.tokens_with() == 5 * (3 if family == "llama" else 2 + 2)
     for _ in range(70):
         runner.step()
         for row in runner.rows:
