@@ -15,6 +15,7 @@ import re
 import secrets
 import threading
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class Key:
 
 
 def _matches(pattern: str, name: str) -> bool:
+    # names are in NFC
+    pattern = unicodedata.normalize("NFC", pattern)
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.DOTALL) is not None
 
 
@@ -95,9 +98,9 @@ class KeyFile:
         self._read_at = -RELOAD
         self._seen: tuple[int, int] | None = None
         self._keys: dict[str, Key] = {}
-        self.keys()
+        self.known()
 
-    def keys(self) -> list[Key]:
+    def known(self) -> list[Key]:
         """All keys, the oldest first."""
         with self._lock:
             now = time.monotonic()
@@ -133,7 +136,7 @@ class KeyFile:
     def find(self, given: str) -> Key | None:
         """The key that was given; None where there is none such. Takes the same time for every wrong one."""
         match = _KEY.fullmatch(given)
-        known = {key.id: key for key in self.keys()}.get(match[1]) if match else None
+        known = {key.id: key for key in self.known()}.get(match[1]) if match else None
         expected = known.sha256 if known else "0" * 64
         same = hmac.compare_digest(hashlib.sha256(given.encode(errors="replace")).hexdigest(), expected)
         return known if same else None

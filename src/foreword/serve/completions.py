@@ -6,11 +6,10 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
-import anyio
 from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
@@ -164,26 +163,14 @@ class _Events(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, events: AsyncGenerator[bytes, None]):
-        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self.service = service
+    def __init__(self, request: HttpRequest, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]):
+        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+        self.request = request
         self.events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            async with anyio.create_task_group() as group:
-
-                async def watch() -> None:
-                    await self.listen_for_disconnect(receive)
-                    self.service.metrics.abandoned.inc()
-                    group.cancel_scope.cancel()
-
-                group.start_soon(watch)
-                await self.stream_response(send)
-                group.cancel_scope.cancel()
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self.events.aclose()
+        async with aclosing(self.events):
+            await while_connected(self.request, lambda: self.stream_response(send))
 
 
 def _event(data: BaseModel) -> bytes:
@@ -204,19 +191,22 @@ async def _answer(
             return said
 
         said = await while_connected(request, all_said)
-        if said is None:
-            service.metrics.abandoned.inc()
-            return Response(status_code=499)
         usage = _usage(texts, sum(one.tokens for one in said))
-        return JSONResponse(shape.whole(said, usage).model_dump())
+        return JSONResponse(shape.whole(said, usage).model_dump(), headers=_pinned(texts))
 
     # what fails before the first piece is an error of its own, not a line of the stream
-    first = await while_connected(request, pieces.__anext__)
-    if first is None:
+    try:
+        first = await while_connected(request, pieces.__anext__)
+    except BaseException:
         await pieces.aclose()
-        service.metrics.abandoned.inc()
-        return Response(status_code=499)
-    return _Events(service, _events(pieces, first, texts, shape, body.wants_usage))
+        raise
+    return _Events(request, _events(pieces, first, texts, shape, body.wants_usage), _pinned(texts))
+
+
+def _pinned(texts: Texts) -> dict[str, str]:
+    """Which content the answer was made with, whatever becomes of the name."""
+    version = texts.requests[0].prefix
+    return {} if version is None else {"x-prefix-sha256": version.sha256}
 
 
 async def _events(
@@ -265,7 +255,7 @@ async def completions(request: HttpRequest, key: Asking, body: schemas.Completio
     service: Service = request.app.state.service
     if body.best_of not in (None, body.n):
         raise Problem(400, f"expected best_of to be the same as n, or nothing; got {body.best_of}", param="best_of")
-    entry = await service.model(key, body.model)
+    entry = await service.model(request, key, body.model)
     framing: Framing = PLAIN if entry is None or not body.frame else entry.card.framing
     if body.record is not None and framing is PLAIN:
         raise Problem(400, "expected a record only where a prefix's template frames it", param="record")
@@ -304,7 +294,7 @@ async def chat_completions(request: HttpRequest, key: Asking, body: schemas.Chat
         raise Problem(400, "expected max_tokens or max_completion_tokens; got both", param="max_tokens")
     if body.messages[-1].role == "assistant":
         raise Problem(400, "expected the last message to be the user's; got the assistant's", param="messages")
-    entry = await service.model(key, body.model)
+    entry = await service.model(request, key, body.model)
     if entry is not None and not entry.card.framing.chat:
         raise Problem(
             400,

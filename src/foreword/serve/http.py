@@ -37,6 +37,7 @@ def create_app(
     *,
     engine: Engine,
     keys: KeyFile | str | PathLike[str] | None = None,
+    base_name: str | None = None,
     settings: Settings | None = None,
 ) -> FastAPI:
     """An ASGI application that serves one base and the prefixes of a store.
@@ -46,6 +47,7 @@ def create_app(
         store: or where it is.
         engine: started and stopped with the application.
         keys: a file of API keys. None lets everybody do everything: for one's own machine.
+        base_name: what requests call the base. Default: its name, of a folder or a file the last part alone.
         settings: see `Settings`.
 
     Raises:
@@ -53,7 +55,7 @@ def create_app(
     """
     store = store if isinstance(store, Store) else Store(store)
     keys = keys if keys is None or isinstance(keys, KeyFile) else KeyFile(keys)
-    service = Service(base, store, engine, keys, settings or Settings())
+    service = Service(base, store, engine, keys, base_name, settings or Settings())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

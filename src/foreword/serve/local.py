@@ -191,7 +191,8 @@ class LocalEngine(Engine):
         self._state = "stopping"
         if self._under_way:
             try:
-                await asyncio.wait_for(self._idle.wait(), grace)
+                async with asyncio.timeout(grace):
+                    await self._idle.wait()
             except TimeoutError:
                 log.warning("%d requests were cut off after %s s", self._under_way, grace)
         self._state = "stopped"

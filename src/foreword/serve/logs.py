@@ -16,11 +16,14 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foreword.serve.metrics import Metrics
-from foreword.serve.problems import Problem
+from foreword.serve.problems import HungUpError, Problem
 
 __all__ = ["JsonFormatter", "Told", "log_as_json"]
 
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+HUNG_UP = 499
+"""The status in logs and figures of a request whose client did not wait for one."""
 
 log = logging.getLogger("foreword.serve.requests")
 
@@ -84,6 +87,9 @@ class Told:
 
         try:
             await self.app(scope, receive, told_send)
+        except HungUpError:
+            self.metrics.abandoned.inc()
+            status = status or HUNG_UP
         except Exception:
             log.exception("a request failed", extra={"facts": {"request": id}})
             if not status:

@@ -55,14 +55,14 @@ async def models(request: HttpRequest, key: Asking) -> schemas.ModelList:
 
 
 def _base_info(service: Service) -> schemas.ModelInfo:
-    return schemas.ModelInfo(id=service.base.name, created=service.began, owned_by="base")
+    return schemas.ModelInfo(id=service.base_name, created=service.began, owned_by="base")
 
 
 @router.get("/v1/models/{model:path}", tags=["models"])
 async def model(request: HttpRequest, key: Asking, model: str) -> schemas.ModelInfo:
     """The base, or one prefix."""
     service: Service = request.app.state.service
-    if model == service.base.name:
+    if model == service.base_name:
         return _base_info(service)
     version = (await service.entry(key, model)).version
     return schemas.ModelInfo(id=version.name, created=_created(version), owned_by="foreword")
@@ -119,7 +119,7 @@ async def upload(request: HttpRequest, _: Admin, name: str) -> schemas.PrefixInf
     """Store a prefix file as the newest version of a name."""
     service: Service = request.app.state.service
     name = check_name(name)
-    if name == service.base.name:
+    if name == service.base_name:
         raise Problem(400, f"{name!r} is the base's name: choose another", param="name")
     data = await _body(request, service.settings.max_upload)
     version = await asyncio.to_thread(_put, service, name, data)

@@ -16,7 +16,7 @@ from foreword.serve.engine import EngineStoppedError
 from foreword.serve.limits import TooManyError
 from foreword.store import NoSuchPrefixError
 
-__all__ = ["Problem", "no_such_model", "problem_of"]
+__all__ = ["HungUpError", "Problem", "no_such_model", "problem_of"]
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,10 @@ class Problem(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)
+
+
+class HungUpError(Exception):
+    """The client has gone; nobody waits for an answer."""
 
 
 def problem_of(error: Exception) -> Problem:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Depends
@@ -23,7 +24,7 @@ from foreword.serve.catalog import Catalog, Entry
 from foreword.serve.engine import Engine, EngineStoppedError, Piece, Request, Sampling
 from foreword.serve.limits import Limits
 from foreword.serve.metrics import Metrics
-from foreword.serve.problems import Problem, no_such_model
+from foreword.serve.problems import HungUpError, Problem, no_such_model
 from foreword.store import NoSuchPrefixError, Store, StoreError, Version
 
 if TYPE_CHECKING:
@@ -77,10 +78,21 @@ class Service:
         store: of the prefixes.
         engine: not yet started.
         keys: None lets everybody do everything.
+        base_name: what requests call the base; None for its own name.
         settings: see `Settings`.
     """
 
-    def __init__(self, base: Base, store: Store, engine: Engine, keys: KeyFile | None, settings: Settings):
+    def __init__(
+        self,
+        base: Base,
+        store: Store,
+        engine: Engine,
+        keys: KeyFile | None,
+        base_name: str | None,
+        settings: Settings,
+    ):
+        # where its files lie is nobody's business
+        self.base_name = base_name or (Path(base.name).name if Path(base.name).exists() else base.name)
         self.base, self.store, self.engine, self.keys, self.settings = base, store, engine, keys, settings
         self.catalog = Catalog(store, engine)
         self.limits = Limits(settings.max_texts)
@@ -156,22 +168,23 @@ class Service:
             raise no_such_model(name)
         return entry
 
-    async def model(self, key: Key, name: str) -> Entry | None:
-        """What `model` names; None for the bare base.
+    async def model(self, request: HttpRequest, key: Key, name: str) -> Entry | None:
+        """What `model` names; None for the bare base. The request's line in the log tells it.
 
         Raises:
             Problem: there is none (404).
             WrongBaseError: it is of another base.
         """
-        if name == self.base.name:
+        if name == self.base_name:
             return None
         entry = await self.entry(key, name)
         self.check_base(entry)
+        request.state.facts.update(model=entry.version.name, version=entry.version.sha256[:12])
         return entry
 
     def check_base(self, entry: Entry) -> None:
         if entry.card.fingerprint != self.base.fingerprint:
-            message = f"the prefix {entry.version.name!r} was trained on another base than {self.base.name!r}"
+            message = f"the prefix {entry.version.name!r} was trained on another base than {self.base_name!r}"
             raise Problem(400, message, code="wrong_base", param="model")
 
     # x
@@ -255,7 +268,9 @@ class Service:
             self.metrics.input_tokens.inc(texts.input_tokens)
             began = time.monotonic()
             waiting = set(range(len(texts.requests)))
-            async with aclosing(self._merged(texts.requests, began + self.settings.timeout)) as pieces:
+            async with aclosing(
+                self._merged(texts.requests, asyncio.get_running_loop().time() + self.settings.timeout)
+            ) as pieces:
                 async for i, piece in pieces:
                     if i in waiting:
                         waiting.remove(i)
@@ -279,7 +294,8 @@ class Service:
         left = len(tasks)
         try:
             while left:
-                i, piece = await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))
+                async with asyncio.timeout_at(deadline):
+                    i, piece = await queue.get()
                 if isinstance(piece, Exception):
                     raise piece
                 left -= piece.finish is not None
@@ -290,8 +306,8 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def while_connected(request: HttpRequest, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T | None:
-    """The result of `work`, which is cancelled when the client hangs up; None then."""
+async def while_connected(request: HttpRequest, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """The result of `work`, which is cancelled when the client hangs up. Raises `HungUpError` then."""
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -300,7 +316,9 @@ async def while_connected(request: HttpRequest, work: Callable[[], Coroutine[Any
     task, gone = asyncio.create_task(work()), asyncio.create_task(hung_up())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
+        if not task.done():
+            raise HungUpError
+        return await task
     finally:
         for one in (task, gone):
             one.cancel()
