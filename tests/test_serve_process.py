@@ -129,8 +129,14 @@ class Server:
 
     def stop(self, how: int) -> int:
         self.process.send_signal(how)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Wait for its end. Returns its exit code."""
         code = self.process.wait(60)
         self.thread.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
         return code
 
 
@@ -140,8 +146,7 @@ def server(folder: Path, *options: Any) -> Iterator[Server]:
     try:
         yield started
     finally:
-        started.process.kill()
-        started.process.wait()
+        started.stop(signal.SIGKILL)
 
 
 @pytest.fixture
@@ -182,10 +187,14 @@ def test_killed_and_started_again(saved: Base, tmp_path: Path) -> None:
             while len(confirmed) < 40:
                 time.sleep(0.01)
             first.process.kill()
-            with pytest.raises((openai.APIError, httpx.HTTPError)):
+
+            def go_on() -> None:
                 for _ in range(100_000):
                     list(stream)
                     client.completions.create(model="base", prompt="a")
+
+            with pytest.raises((openai.APIError, httpx.HTTPError)):
+                go_on()
         for thread in threads:
             thread.join(30)
         assert len(errors) == 3
@@ -218,9 +227,7 @@ def test_stopped_by_a_signal(saved: Base, tmp_path: Path) -> None:
             chunks = [first, *iterator]
             finished = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason]
             assert sorted(finished) == list(range(8))
-        started.process.wait(60)
-        started.thread.join()
-        assert started.process.returncode in (0, -signal.SIGTERM)
+        assert started.ended() in (0, -signal.SIGTERM)
         (line,) = (line for line in started.lines if line.get("route") == "/v1/completions")
         assert (line["status"], line["key"]) == (200, text.split("-")[1])
         assert text not in json.dumps(started.lines)
