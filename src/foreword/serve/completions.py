@@ -266,17 +266,7 @@ async def completions(request: HttpRequest, key: Asking, body: schemas.Completio
             prompts.append(await service.framed(entry, {**(body.record or {}), "input": prompt}, framing))
         else:
             prompts.append(service.checked_ids(entry, prompt))
-    texts = service.texts(
-        entry,
-        prompts,
-        body.n,
-        body.max_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        stop=tuple(body.stop or ()),
-        logprobs=body.logprobs,
-    )
+    texts = service.texts(entry, prompts, body.n, body.max_tokens, logprobs=body.logprobs, **body.how)
     return await _answer(service, request, key, body, texts, _CompletionShape(service, body, len(texts.requests)))
 
 
@@ -308,15 +298,7 @@ async def chat_completions(request: HttpRequest, key: Asking, body: schemas.Chat
         {"role": "system" if one.role == "developer" else one.role, "content": one.text} for one in body.messages
     ]
     prompt = await service.framed(entry, {"messages": messages}, framing)
-    texts = service.texts(
-        entry,
-        [prompt],
-        body.n,
-        body.max_tokens or body.max_completion_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        stop=tuple(body.stop or ()),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    limit = body.max_tokens or body.max_completion_tokens
+    texts = service.texts(entry, [prompt], body.n, limit, logprobs=logprobs, **body.how)
     return await _answer(service, request, key, body, texts, _ChatShape(service, body))

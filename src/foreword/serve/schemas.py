@@ -52,6 +52,12 @@ class _Shared(BaseModel):
     user: str | None = Field(None, description="Taken, and not used.")
 
     @property
+    def how(self) -> dict[str, Any]:
+        """What `Sampling` takes of these fields."""
+        stop = tuple(self.stop or ())
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop": stop}
+
+    @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
