@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import platform
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,13 +100,23 @@ def activations(base: Base) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(seen["decoder"][i][0][0].float(), seen["decoder"][i][1][0].float()) for i in range(len(seen["decoder"]))]
 
 
-def prefix_of(base: Base, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], seed: int) -> Prefix:
-    generator = torch.Generator().manual_seed(seed)
+@functools.cache
+def noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def prefix_of(base: Base, layers: Sequence[tuple[torch.Tensor, torch.Tensor]], number: int) -> Prefix:
+    """One of its own content: its card has its number, and its noise is one of 97."""
 
     def noisy(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.cpu() + 0.02 * tensor.std().cpu() * torch.randn(tensor.shape, generator=generator)
+        return tensor.cpu() + 0.02 * tensor.std().cpu() * noise(tuple(tensor.shape), number % 97)
 
-    card = Card(base=base.name, fingerprint=base.fingerprint, created="2026-01-01T00:00:00+00:00")
+    card = Card(
+        base=base.name,
+        fingerprint=base.fingerprint,
+        training={"number": number},
+        created="2026-01-01T00:00:00+00:00",
+    )
     return Prefix({"decoder": [(noisy(keys), noisy(values)) for keys, values in layers]}, card)
 
 
@@ -144,9 +156,9 @@ async def texts(engine: Engine, requests: Sequence[Request]) -> int:
 
 async def first_token(engine: Engine, request: Request) -> float:
     began = time.perf_counter()
-    async for _ in engine.generate(request):
+    async with aclosing(engine.generate(request)) as pieces:
+        await anext(pieces)
         return time.perf_counter() - began
-    raise AssertionError("no piece came")
 
 
 class PeftSide:
@@ -234,7 +246,7 @@ Asked = Callable[[argparse.Namespace, Base, Engine, Sequence[Version]], Coroutin
 QUESTIONS: dict[str, Asked] = {"peft": ask_peft, "store": ask_store, "first": ask_first}
 
 
-async def ask(options: argparse.Namespace) -> list[Question]:
+async def ask(options: argparse.Namespace) -> dict[str, Question]:
     base = foreword.load_base(options.base, dtype=options.dtype)
     versions = filled(base, options.folder, options.prefixes)
     store = Store(options.folder)
@@ -242,7 +254,7 @@ async def ask(options: argparse.Namespace) -> list[Question]:
     engine = LocalEngine(base, store, max_rows=AT_ONCE, prefix_bytes=budget)
     await engine.start()
     try:
-        return [await QUESTIONS[name](options, base, engine, versions) for name in options.only]
+        return {name: await QUESTIONS[name](options, base, engine, versions) for name in options.only}
     finally:
         await engine.stop(0)
 
@@ -265,9 +277,9 @@ def main() -> None:
     report(options, asyncio.run(ask(options)))
 
 
-def report(options: argparse.Namespace, questions: Sequence[Question]) -> None:
+def report(options: argparse.Namespace, questions: Mapping[str, Question]) -> None:
     table = Table("question", "side", "median", "side", "median", "ratio", "goal")
-    for one in questions:
+    for one in questions.values():
         first, second = one.medians
         goal = f"{'>=' if one.at_least else '<='} {one.goal}, {'met' if one.met else 'missed'}"
         table.add_row(
@@ -275,16 +287,33 @@ def report(options: argparse.Namespace, questions: Sequence[Question]) -> None:
         )
     Console(width=120).print(table)
     if options.json:
-        result = {
-            "settings": {"base": options.base, "dtype": options.dtype, "prefixes": options.prefixes,
-                         "tokens": options.tokens, "rounds": options.rounds, "length": LENGTH, "at_once": AT_ONCE},
-            "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-                        "python": platform.python_version(), "torch": torch.__version__, "foreword": foreword.__version__},
-            "questions": [{"title": one.title, "unit": one.unit, "rounds": one.rounds, "ratio": one.ratio,
-                           "goal": one.goal, "met": one.met} for one in questions],
-        }  # fmt: skip
+        # beside what earlier runs asked
+        asked = json.loads(options.json.read_text()) if options.json.exists() else {}
+        settings = {
+            "base": options.base,
+            "dtype": options.dtype,
+            "prefixes": options.prefixes,
+            "tokens": options.tokens,
+            "length": LENGTH,
+            "at_once": AT_ONCE,
+            "threads": torch.get_num_threads(),
+            "processor": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "foreword": foreword.__version__,
+        }
+        for name, one in questions.items():
+            asked[name] = {
+                "title": one.title,
+                "unit": one.unit,
+                "rounds": one.rounds,
+                "medians": dict(zip(one.sides, one.medians, strict=True)),
+                "ratio": one.ratio,
+                "goal": one.goal,
+                "met": one.met,
+                "settings": settings,
+            }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(asked, indent=1) + "\n")
 
 
 if __name__ == "__main__":
