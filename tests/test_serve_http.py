@@ -66,7 +66,7 @@ class World:
         return httpx.Client(base_url=self.url, headers=headers, timeout=30, **more)
 
     def complete(self, client: httpx.Client, model: str = BASE, **more: Any) -> httpx.Response:
-        return client.post("/v1/completions", json={"model": model, "prompt": "abc", **more})
+        return client.post("/v1/completions", json={"model": model, "prompt": "xyz", **more})
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert secret not in caplog.text
         assert secret not in world.keys.path.read_text()
         assert secret.rpartition("-")[2] not in caplog.text
-    assert "abc" not in caplog.text
+    assert "xyz" not in caplog.text
 
 
 def test_the_file_of_keys(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from serving import chat_base, copy_of, make_base, prefix_for, served
 from foreword.bases import Base
 from foreword.data import frame
 from foreword.generation import GenerateSettings, generate
-from foreword.prefix import Framing
+from foreword.prefix import Framing, Prefix
 from foreword.serve.http import create_app
 from foreword.serve.local import LocalEngine
 from foreword.store import Store
@@ -33,7 +33,7 @@ class World:
         self.base = chat_base()
         self.prefixes = {
             "plain": prefix_for(self.base, 5),
-            "Zoë / 7": prefix_for(self.base, 3, seed=2, template="Say {input}="),
+            "Zoë / 7": self.talkative("Say {input}="),
             "told": prefix_for(self.base, 4, template="{name}: {input} ({price})"),
             "chatty": prefix_for(self.base, 6, chat=True),
         }
@@ -41,6 +41,11 @@ class World:
         for name, prefix in self.prefixes.items():
             self.store.put(name, prefix, dtype=torch.float32)
         self.url = ""
+
+    def talkative(self, template: str) -> Prefix:
+        """A prefix with which the base does not end its text at once."""
+        prefixes = (prefix_for(self.base, 3, seed=seed, template=template) for seed in range(99))
+        return next(prefix for prefix in prefixes if generate(self.base, ["some text"], [prefix])[0])
 
     def alone(self, x: Any, name: str, *, framing: Framing | None = None, **settings: Any) -> str:
         prefix = self.prefixes.get(name)
