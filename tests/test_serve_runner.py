@@ -77,7 +77,7 @@ def test_rows_come_and_go(family: str) -> None:
         if runner.rows:
             ended += choose(runner, runner.rows, runner.step(), 17)
         most = max(most, len(runner.rows))
-    assert most > 4
+    assert most > 3
     assert resumed > 1
     for row in ended:
         tokens = row.y[:-1] if row.y[-1] in ENDS else row.y
