@@ -82,7 +82,7 @@ def test_rows_come_and_go(family: str) -> None:
     for row in ended:
         tokens = row.y[:-1] if row.y[-1] in ENDS else row.y
         assert base.decode(tokens) == expected[id(row)]
-    assert len(set(expected.values())) > 15, "texts must differ"
+    assert len(set(expected.values())) > 9, "texts must differ"
     runner.detach()
 
 
