@@ -25,10 +25,11 @@ import foreword
 from foreword.errors import SettingsError
 from foreword.prefix import Card, Prefix
 from foreword.serve import FakeEngine, Figures, Key, KeyFile, Request, Settings, create_app
+from foreword.serve.catalog import Catalog
 from foreword.serve.limits import Limits, TooManyError
 from foreword.serve.logs import JsonFormatter
 from foreword.serve.server import check_address
-from foreword.store import Store
+from foreword.store import Store, Version
 
 BASE = "tiny-llama"
 
@@ -344,6 +345,35 @@ def test_a_replica_sees_changes(tmp_path: Path) -> None:
         until(lambda: two.engine.forgotten == {old.sha256, new.sha256})
     with World(tmp_path).running() as again, again.http() as client:
         assert again.complete(client, "p").status_code == 404
+
+
+def test_a_change_while_a_name_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was looked up before an upload is not believed after it."""
+    store = Store(tmp_path / "store", create=True)
+    old = store.put("p", prefix_for(reference_base("llama"), 5))
+    found, go_on = threading.Event(), threading.Event()
+    newest = store.newest
+
+    def slowly(name: str) -> Version:
+        version = newest(name)
+        found.set()
+        assert go_on.wait(20)
+        return version
+
+    monkeypatch.setattr(store, "newest", slowly)
+
+    async def run() -> None:
+        catalog = Catalog(store, FakeEngine())
+        early = asyncio.create_task(catalog.find("p"))
+        await asyncio.to_thread(found.wait, 20)
+        new = store.put("p", prefix_for(reference_base("llama"), 4))
+        catalog.forget_name("p")
+        go_on.set()
+        assert (await early).version == old
+        assert (await catalog.find("p")).version == new
+        assert new != old
+
+    asyncio.run(run())
 
 
 def test_damaged_and_foreign_prefixes_of_the_store(world: World, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class Catalog:
         self._newest: OrderedDict[str, tuple[Version, float]] = OrderedDict()
         self._entries: OrderedDict[str, tuple[Entry, int]] = OrderedDict()
         self._bytes = 0
+        self._changes = 0
         self._contents: OrderedDict[str, set[str]] = OrderedDict()
 
     async def find(self, name: str) -> Entry:
@@ -78,9 +79,12 @@ class Catalog:
         name = check_name(name)
         version, believed = self._newest.get(name, (None, 0.0))
         if version is None or believed < time.monotonic():
+            changes = self._changes
             version = await asyncio.to_thread(self.store.newest, name)
-            self._newest[name] = version, time.monotonic() + POLL
-            self._newest.move_to_end(name)
+            # what changed while it was looked up may be newer than what was found
+            if changes == self._changes:
+                self._newest[name] = version, time.monotonic() + POLL
+                self._newest.move_to_end(name)
             self._contents.setdefault(key_of(name), set()).add(version.sha256)
             for names in (self._newest, self._contents):
                 while len(names) > MAX_NAMES:
@@ -106,6 +110,7 @@ class Catalog:
 
     def forget_name(self, name: str) -> None:
         """The name's version is looked up anew."""
+        self._changes += 1
         self._newest.pop(check_name(name), None)
 
     async def forget(self, sha256s: Collection[str]) -> None:
@@ -142,6 +147,7 @@ class Catalog:
 
     async def _apply(self, changes: Collection[Change]) -> None:
         deleted: set[str] = set()
+        self._changes += bool(changes)
         for change in changes:
             if change.version is None:
                 deleted |= self._contents.pop(change.key, set())
