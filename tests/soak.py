@@ -125,7 +125,7 @@ class Soak:
     async def _change(self, admin: httpx.AsyncClient, names: Sequence[str], draw: random.Random) -> None:
         """Replace, delete, and put again, one after another."""
         while True:
-            await asyncio.sleep(draw.random() * self.seconds / 50)
+            await asyncio.sleep(draw.random() / 10)
             name = draw.choice(names)
             # shielded, so that history tells of every change that was made
             if self.history[name][-1].sha256 is None or draw.random() < 0.6:
