@@ -89,6 +89,32 @@ def test_what_is_held_stays_and_others_wait_for_room(store: CountingStore) -> No
     assert residents.bytes == 2 * BYTES
 
 
+def test_a_large_one_is_not_passed_by_small_ones(store: CountingStore) -> None:
+    residents = residents_of(store, 2 * BYTES)
+    a, b, c = (put(store, name, seed) for seed, name in enumerate("abc"))
+    large = put(store, "large", 9, length=10)
+    residents.acquire(a)
+    got: list[str] = []
+
+    def ask(version: Version) -> None:
+        residents.acquire(version)
+        got.append(version.name)
+
+    threads = []
+    for version in (large, b, c):
+        threads.append(threading.Thread(target=ask, args=(version,)))
+        threads[-1].start()
+        time.sleep(0.1)
+    assert got == []
+    residents.release(a)
+    threads[0].join(10)
+    assert got == ["large"]
+    residents.release(large)
+    for thread in threads:
+        thread.join(10)
+    assert sorted(got) == ["b", "c", "large"]
+
+
 def test_one_content_is_one_prefix_read_once(store: CountingStore) -> None:
     residents = residents_of(store, 2 * BYTES)
     data = prefix_of(1).to_bytes(torch.float32)

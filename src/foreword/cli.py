@@ -15,7 +15,7 @@ import typer
 from rich.progress import TextColumn
 from rich.table import Table
 
-from foreword import cli_many
+from foreword import cli_many, cli_serve
 from foreword import terminal as t
 from foreword.errors import ForewordError, MissingExtraError, SettingsError
 from foreword.terminal import err, out, shown
@@ -32,6 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_many.store_app, name="store")
+app.add_typer(cli_serve.keys_app, name="keys")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -178,6 +179,7 @@ def train(
 
 
 app.command(name="train-many")(cli_many.train_many)
+app.command()(cli_serve.serve)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from foreword.errors import ForewordError
+from foreword.errors import ForewordError, TooLongError
 from foreword.store import Version
 
 __all__ = [
@@ -132,10 +132,28 @@ class Engine(ABC):
     Attributes:
         name: `local`, `vllm` or `fake`.
         context: the most positions of a request, virtual tokens included; None where there is no limit.
+        is_encoder_decoder: whether x and y have the context for themselves, and virtual tokens none of it.
     """
 
     name: str
     context: int | None
+    is_encoder_decoder: bool = False
+
+    def room(self, x: int, length: int) -> int | None:
+        """The most tokens of y that fit the context after x tokens of x and `length` virtual ones; None for no limit.
+
+        Raises:
+            TooLongError: not even one does.
+        """
+        if self.context is None:
+            return None
+        taken = 0 if self.is_encoder_decoder else length + x
+        if taken >= self.context or x > self.context:
+            what = "" if self.is_encoder_decoder else f", {length} virtual tokens, and at least one token of the answer"
+            raise TooLongError(
+                f"expected at most {self.context} positions, the context length here; got {x} tokens of input{what}: shorten it"
+            )
+        return self.context - taken
 
     @abstractmethod
     async def start(self) -> None:
@@ -166,6 +184,10 @@ class Engine(ABC):
     @abstractmethod
     def figures(self) -> Figures:
         """Cheap; asked for at every scrape."""
+
+    def problem(self) -> str | None:
+        """Why it will not answer requests any more, in one line; None while it does."""
+        return None
 
     @abstractmethod
     async def stop(self, grace: float) -> None:

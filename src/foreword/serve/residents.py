@@ -16,7 +16,7 @@ from foreword.store import Store, Version
 __all__ = ["Residents"]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Resident:
     """A prefix in memory, or on its way (None), and how many hold it."""
 
@@ -63,6 +63,7 @@ class Residents:
         self._check = check
         self._changed = threading.Condition()
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._line: list[_Resident] = []
         self._closed = False
 
     def __len__(self) -> int:
@@ -111,16 +112,21 @@ class Residents:
                 self._changed.notify_all()
             raise
         with self._changed:
-            while not self._make_room(size):
-                if self._closed:
-                    del self._residents[version.sha256]
-                    raise EngineStoppedError("the engine was stopped")
-                self._changed.wait()
+            # in line, so that a large one is not passed by small ones for ever
+            self._line.append(resident)
+            try:
+                while self._line[0] is not resident or not self._make_room(size):
+                    if self._closed:
+                        del self._residents[version.sha256]
+                        raise EngineStoppedError("the engine was stopped")
+                    self._changed.wait()
+            finally:
+                self._line.remove(resident)
+                self._changed.notify_all()
             resident.prefix, resident.held = prefix, 1
             self._residents.move_to_end(version.sha256)
             self.bytes += size
             self.loads += 1
-            self._changed.notify_all()
         return prefix
 
     def acquire_now(self, sha256: str) -> Prefix | None:

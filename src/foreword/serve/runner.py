@@ -85,11 +85,9 @@ class Runner:
 
     def __init__(self, base: Base):
         self.base = base
-        self.rows: list[Row] = []
         self._slots = Slots(base.shapes, device=base.device, dtype=base.dtype)
         self._attachment = attach(base.model, self._slots)
-        self._cache = RunningCache(len(base.shapes["decoder"]))
-        self._cross = RunningCache(len(base.shapes["cross"])) if base.is_encoder_decoder else None
+        self.clear()
         self._embedding: Any = None
         if base.is_encoder_decoder:
             self._embedding = getattr(base.model.get_decoder(), "embed_positions", None)
@@ -100,6 +98,13 @@ class Runner:
                 self._embedding.register_forward_pre_hook(self._before_positions, with_kwargs=True),
                 self._embedding.register_forward_hook(self._after_positions),
             ]
+
+    def clear(self) -> None:
+        """No rows, as at the start."""
+        self.rows: list[Row] = []
+        self._slots.clear()
+        self._cache = RunningCache(len(self.base.shapes["decoder"]))
+        self._cross = RunningCache(len(self.base.shapes["cross"])) if self.base.is_encoder_decoder else None
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -115,18 +120,15 @@ class Runner:
     def _after_positions(self, module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.squeeze(0)
 
-    def tokens_after(self, row: Row) -> int:
-        """Cached tokens, padding counted, once this row has joined and got a token."""
-        return (len(self.rows) + 1) * (
-            max(self._cache.span, self._length(row)) + 1 + (max(self._cross.span, len(row.x)) if self._cross else 0)
-        )
+    def tokens_with(self, rows: Sequence[Row] = ()) -> int:
+        """Cached tokens, padding counted, once these rows have joined and every row has got a token more."""
+        span = max(self._cache.span, *(self._tokens_of(row) for row in rows), 0) + 1
+        if self._cross:
+            span += max(self._cross.span, *(len(row.x) for row in rows), 0)
+        return (len(self.rows) + len(rows)) * span
 
-    @property
-    def tokens_next(self) -> int:
-        """Cached tokens, padding counted, after the next step."""
-        return len(self.rows) * (self._cache.span + 1 + (self._cross.span if self._cross else 0))
-
-    def _length(self, row: Row) -> int:
+    def _tokens_of(self, row: Row) -> int:
+        """Of the decoder; an encoder-decoder base begins with a start token."""
         return 1 + len(row.y) if self._cross else len(row.x) + len(row.y)
 
     def prefill(self, rows: Sequence[Row]) -> Prefill:
@@ -170,7 +172,9 @@ class Runner:
         if self._cross:
             for b, row in enumerate(prefill.rows):
                 layers = _layers_of(prefill.cache.cross_attention_cache)
-                own_x = [(keys[b : b + 1, :, : len(row.x)], values[b : b + 1, :, : len(row.x)]) for keys, values in layers]
+                own_x = [
+                    (keys[b : b + 1, :, : len(row.x)], values[b : b + 1, :, : len(row.x)]) for keys, values in layers
+                ]
                 self._cross.join(own_x, [len(row.x)])
         self.rows += prefill.rows
         return logits[0]

@@ -27,13 +27,17 @@ class Slots(nn.Module):
     def __init__(self, shapes: Mapping[str, Sequence[tuple[int, int]]], *, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self._shapes, self._device, self._dtype = shapes, device, dtype
+        self.clear()
+
+    def forward(self) -> Stack:
+        return self._stack
+
+    def clear(self) -> None:
+        """No rows, no prefixes."""
         self._prefixes: dict[str, Prefix] = {}
         self._rows: dict[str, int] = {}
         self._slots: dict[str, int] = {}
         self._stack = self._build(1, 1)
-
-    def forward(self) -> Stack:
-        return self._stack
 
     def slot(self, key: str | None) -> int:
         """The number of a prefix in the stack; -1 for none."""

@@ -25,20 +25,26 @@ class TextSoFar:
         self._tokens: list[int] = []
         self._text = ""
         self._shown = 0
-        # tokens that are decoded again, since a token's text depends on the one before; and those whose text is known
-        self._window = self._known = 0
+        # decoded again with each new token, since a token's text depends on those before; of the first the text is known
+        self._window: list[int] = []
+        self._known = 0
 
     def add(self, token: int) -> str:
         """One token more. Returns the text that is certain by now."""
         self._tokens.append(token)
-        known = self._decode(self._tokens[self._window : self._known])
-        now = self._decode(self._tokens[self._window :])
+        known = self._decode(self._window[: self._known])
+        now = self._decode([*self._window, token])
+        if now == known:
+            # a special token, which has no text and no say in that of the next
+            return ""
+        self._window.append(token)
         # a lone byte of a longer character decodes to U+FFFD until the rest is there
         if now.endswith("\ufffd"):
             return ""
         start = len(self._text) - max(map(len, self._stop), default=0)
         self._text += now[len(known) :]
-        self._window, self._known = self._known, len(self._tokens)
+        self._window = self._window[self._known :]
+        self._known = len(self._window)
         self._cut(max(start, 0))
         held = 0
         if not self.stopped:
