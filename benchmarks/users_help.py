@@ -37,7 +37,7 @@ from foreword.attach import Stack, attach
 from foreword.bases import Base
 from foreword.data import rows_of
 from foreword.evaluate import score
-from foreword.learner import mean_loss
+from foreword.loss import mean_loss
 from foreword.many import UserFile, train_many
 from foreword.prefix import Framing, Prefix, write_atomically
 from foreword.store import Store

@@ -28,7 +28,7 @@ from benchmarks.study import Arm, Data, Study, Unit, sampled, todo
 from foreword.attach import attach
 from foreword.bases import Base, load_base
 from foreword.data import rows_of
-from foreword.learner import mean_loss
+from foreword.loss import mean_loss
 from foreword.prefix import Framing
 from foreword.tasks import Example
 

@@ -39,7 +39,7 @@ from foreword.attach import FAMILIES, section_shapes, sections_of
 from foreword.builtin import BUILT_IN, cache_folder, progress_bar
 from foreword.errors import BaseLoadError, ForewordError, MissingExtraError, SettingsError
 
-__all__ = ["DTYPES", "Base", "cache_folder", "load_base"]
+__all__ = ["DTYPES", "Base", "built_in_folder", "cache_folder", "load_base"]
 
 _KINDS = f"a local folder, a .gguf file, a hub id (owner/name) or a built-in ({', '.join(BUILT_IN)})"
 
@@ -256,7 +256,7 @@ def load_base(
     path = Path(name).expanduser()
     gguf = None
     if name in BUILT_IN:
-        path = _built_in(name)
+        path = built_in_folder(name)
         where, cure = str(path), f"delete {path} and run this again"
     elif path.is_dir():
         where, cure = str(path), "give a folder that save_pretrained wrote, whole, with its tokenizer"
@@ -273,7 +273,9 @@ def load_base(
     return Base(*_load(name, where, dtype, device, cure=cure, gguf=gguf), name)
 
 
-def _built_in(name: str) -> Path:
+def built_in_folder(name: str) -> Path:
+    """The transformers folder of a built-in base, made the first time; see `BuiltIn.folder`."""
+
     def convert(gguf: Path, folder: Path) -> None:
         # the file's numbers fit no shorter dtype; rounded here, a base in float32 would not be the file's
         model, tokenizer = _load(

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import TextColumn
 
-from foreword import cli_hub, cli_many, cli_tasks
+from foreword import cli_hub, cli_many, cli_serve, cli_tasks
 from foreword import terminal as t
 from foreword.errors import ForewordError, MissingExtraError, SettingsError
 from foreword.terminal import err, out, shown
@@ -31,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_many.store_app, name="store")
+app.add_typer(cli_serve.keys_app, name="keys")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -180,6 +181,7 @@ def train(
 
 
 app.command(name="train-many")(cli_many.train_many)
+app.command()(cli_serve.serve)
 
 
 @app.command()

@@ -1,0 +1,183 @@
+"""Who may what: API keys, kept as hashes in a file, and what each may use.
+
+A key is `fw-ID-SECRET`. The file holds the SHA-256 of the whole; a secret of 256 random bits needs no slower hash. What
+is wrong with a key that was given is told to nobody: not known, removed and mistyped are one error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import threading
+import time
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from foreword.errors import SettingsError
+from foreword.prefix import write_atomically
+
+__all__ = ["OPEN", "Key", "KeyFile"]
+
+FORMAT = 1
+RELOAD = 1.0
+"""Seconds after which the file is looked at again."""
+
+_KEY = re.compile(r"fw-([0-9a-f]{8})-[\w-]{43}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """An API key, without its secret.
+
+    Args:
+        id: eight hex digits, which logs and the file name it by.
+        sha256: of the whole key.
+        label: for people.
+        prefixes: names that it may use; in them `*` stands for any characters. The bare base may be used by all.
+        admin: whether it may use every prefix, and upload and delete them.
+        tokens_per_minute: of x and y together; None for no limit.
+        concurrency: texts under way at once; None for no limit.
+        created: UTC time, ISO 8601.
+    """
+
+    id: str
+    sha256: str
+    label: str = ""
+    prefixes: tuple[str, ...] = ()
+    admin: bool = False
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+    created: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_minute", "concurrency"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"expected {name} of at least 1; got {value}")
+
+    def may_use(self, name: str) -> bool:
+        """Whether it may use the prefix of that name."""
+        return self.admin or any(_matches(pattern, name) for pattern in self.prefixes)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    # names are in NFC
+    pattern = unicodedata.normalize("NFC", pattern)
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.DOTALL) is not None
+
+
+OPEN = Key(id="open", sha256="", admin=True)
+"""What everybody has where no keys are asked for."""
+
+
+class KeyFile:
+    """The keys in a file. Others may change it meanwhile: a change counts within seconds.
+
+    Args:
+        path: of the file; none is a file without keys.
+
+    Raises:
+        SettingsError: it is something else than a file of keys.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._read_at = -RELOAD
+        self._seen: tuple[int, int] | None = None
+        self._keys: dict[str, Key] = {}
+        self.known()
+
+    def known(self) -> list[Key]:
+        """All keys, the oldest first."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._read_at >= RELOAD:
+                self._load()
+                self._read_at = now
+            return list(self._keys.values())
+
+    def _load(self) -> None:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            self._keys, self._seen = {}, None
+            return
+        seen = status.st_mtime_ns, status.st_ino
+        if seen != self._seen:
+            self._keys = {key.id: key for key in self._parsed(self.path.read_text(encoding="utf-8"))}
+            self._seen = seen
+
+    def _parsed(self, text: str) -> Sequence[Key]:
+        try:
+            raw = json.loads(text)
+            if raw["format"] != FORMAT:
+                raise ValueError
+            keys = [Key(**{**one, "prefixes": tuple(one["prefixes"])}) for one in raw["keys"]]
+        except (ValueError, TypeError, KeyError):
+            raise SettingsError(
+                f"expected a file of API keys at {self.path}; it is something else: name another, or make one with "
+                "foreword keys add"
+            ) from None
+        return keys
+
+    def find(self, given: str) -> Key | None:
+        """The key that was given; None where there is none such. Takes the same time for every wrong one."""
+        match = _KEY.fullmatch(given)
+        known = {key.id: key for key in self.known()}.get(match[1]) if match else None
+        expected = known.sha256 if known else "0" * 64
+        same = hmac.compare_digest(hashlib.sha256(given.encode(errors="replace")).hexdigest(), expected)
+        return known if same else None
+
+    def add(self, **what: Any) -> tuple[Key, str]:
+        """Make a key; arguments as of `Key`, without its id, its hash and its time.
+
+        Returns:
+            the key, and its text, which is kept nowhere.
+
+        Raises:
+            SettingsError: a limit out of its range.
+        """
+        id = secrets.token_hex(4)
+        text = f"fw-{id}-{secrets.token_urlsafe(32)}"
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        key = Key(id=id, sha256=hashlib.sha256(text.encode()).hexdigest(), created=created, **what)
+        with self._changing() as keys:
+            keys.append(key)
+        return key, text
+
+    def remove(self, id: str) -> Key:
+        """Remove a key. Raises `SettingsError` where there is none of that id."""
+        with self._changing() as keys:
+            found = next((key for key in keys if key.id == id), None)
+            if found is None:
+                raise SettingsError(f"no key {id!r} in {self.path}: see foreword keys ls")
+            keys.remove(found)
+        return found
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[Key]]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            with self._lock:
+                self._load()
+                keys = list(self._keys.values())
+            yield keys
+            raw = {"format": FORMAT, "keys": [dataclasses.asdict(key) for key in keys]}
+            with write_atomically(self.path) as aside:
+                aside.chmod(0o600)
+                aside.write_text(json.dumps(raw, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            with self._lock:
+                self._read_at = -RELOAD

@@ -1,0 +1,73 @@
+"""Which engine serves a base."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from foreword.errors import MissingExtraError, SettingsError
+from foreword.serve.engine import Engine
+from foreword.store import Store
+
+if TYPE_CHECKING:
+    from foreword.bases import Base
+
+__all__ = ["ENGINES", "choose_engine"]
+
+ENGINES = ("auto", "local", "vllm")
+
+log = logging.getLogger(__name__)
+
+
+def choose_engine(
+    kind: str,
+    base: str,
+    store: Store,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    prefix_bytes: int = 1 << 30,
+    cache_bytes: int = 2 << 30,
+    max_rows: int = 32,
+    ranks: int = 1,
+    vllm_options: Mapping[str, Any] | None = None,
+) -> tuple[Base, Engine]:
+    """Load a base, and make an engine for it that is not yet started.
+
+    Args:
+        kind: `local`; `vllm`; or `auto`: vllm where it is installed and can serve the base.
+        base, dtype, device: as `foreword.load_base` takes them.
+        store: of the prefixes.
+        prefix_bytes: memory of the prefixes.
+        cache_bytes, max_rows: see `LocalEngine`.
+        ranks, vllm_options: see `VllmEngine`.
+
+    Raises:
+        SettingsError: there is no such kind, or vLLM cannot serve the base.
+        MissingExtraError: vLLM was asked for, and is not installed.
+        BaseLoadError: as `foreword.load_base` does.
+    """
+    from foreword.bases import load_base
+
+    if kind not in ENGINES:
+        raise SettingsError(f"expected an engine of {', '.join(ENGINES)}; got {kind!r}")
+    there = importlib.util.find_spec("vllm") is not None
+    if kind == "vllm" and not there:
+        raise MissingExtraError("vllm", "vllm")
+    if kind == "vllm" or (kind == "auto" and there):
+        from foreword.serve.vllm import VllmEngine, base_for_vllm
+
+        light = base_for_vllm(base, dtype=dtype)
+        try:
+            return light, VllmEngine(light, store, budget=prefix_bytes, ranks=ranks, options=vllm_options)
+        except SettingsError as error:
+            if kind == "vllm":
+                raise
+            log.warning("the engine local, since: %s", error)
+    from foreword.serve.local import LocalEngine
+
+    whole = load_base(base, dtype=dtype, device=device)
+    engine = LocalEngine(whole, store, max_rows=max_rows, prefix_bytes=prefix_bytes, cache_bytes=cache_bytes)
+    return whole, engine

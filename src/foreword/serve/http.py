@@ -1,0 +1,131 @@
+"""The application: every route, and what stands around them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from os import PathLike
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from foreword.errors import ForewordError
+from foreword.serve import completions, prefixes, problems, schemas
+from foreword.serve.access import KeyFile
+from foreword.serve.engine import Engine
+from foreword.serve.logs import Told
+from foreword.serve.service import Admin, Service, Settings
+from foreword.store import Store
+from foreword.version import __version__
+
+if TYPE_CHECKING:
+    from foreword.bases import Base
+
+__all__ = ["create_app"]
+
+MAX_WORDS = 16 << 20
+
+
+def create_app(
+    base: Base,
+    store: Store | str | PathLike[str],
+    *,
+    engine: Engine,
+    keys: KeyFile | str | PathLike[str] | None = None,
+    base_name: str | None = None,
+    settings: Settings | None = None,
+) -> FastAPI:
+    """An ASGI application that serves one base and the prefixes of a store.
+
+    Args:
+        base: frames x, and its fingerprint is what prefixes are checked against.
+        store: or where it is.
+        engine: started and stopped with the application.
+        keys: a file of API keys. None lets everybody do everything: for one's own machine.
+        base_name: what requests call the base. Default: its name, of a folder or a file the last part alone.
+        settings: see `Settings`.
+
+    Raises:
+        StoreError: there is no store. SettingsError: the file of keys is something else.
+    """
+    store = store if isinstance(store, Store) else Store(store)
+    keys = keys if keys is None or isinstance(keys, KeyFile) else KeyFile(keys)
+    service = Service(base, store, engine, keys, base_name, settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    error = {"model": schemas.ErrorBody}
+    app = FastAPI(
+        title="foreword",
+        version=__version__,
+        lifespan=lifespan,
+        responses={status: error for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)},
+        exception_handlers={
+            RequestValidationError: problems.on_invalid,
+            HTTPException: problems.on_http,
+            problems.Problem: problems.on_problem,
+            ForewordError: problems.on_problem,
+            TimeoutError: problems.on_problem,
+        },
+    )
+    app.state.service = service
+    app.include_router(completions.router)
+    app.include_router(prefixes.router)
+    app.add_api_route("/health", health, tags=["state"])
+    app.add_api_route("/ready", ready, tags=["state"])
+    app.add_api_route("/metrics", metrics, tags=["state"], response_class=Response)
+    app.add_middleware(Bounded, limit=service.settings.max_upload)
+    app.add_middleware(Told, metrics=service.metrics)
+    return app
+
+
+class Bounded:
+    """Around an application: no request's body is read further than it may be long.
+
+    Args:
+        limit: bytes of an upload; other requests are words, of at most `MAX_WORDS` bytes.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self.app = app
+        self.limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self.limit if scope.get("method") == "PUT" else MAX_WORDS
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise HTTPException(413, f"expected a request of at most {limit:,} bytes; got a larger one")
+            return message
+
+        await self.app(scope, counted, send)
+
+
+async def health(request: Request) -> Response:
+    """200 while the process can answer texts: otherwise start it anew."""
+    problem = request.app.state.service.engine.problem()
+    return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
+
+
+async def ready(request: Request) -> Response:
+    """200 while new requests may come: otherwise send them elsewhere."""
+    why = request.app.state.service.not_ready
+    return JSONResponse({"status": why or "ready"}, 503 if why else 200)
+
+
+async def metrics(request: Request, _: Admin) -> Response:
+    """Figures in Prometheus' format; where there are keys, for an admin's."""
+    service: Service = request.app.state.service
+    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,104 @@
+"""Logs: a line of JSON an event, without prompts, texts or keys; and what is told of every request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import MutableMapping
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from foreword.serve.metrics import Metrics
+from foreword.serve.problems import HungUpError, Problem
+
+__all__ = ["JsonFormatter", "Told", "log_as_json"]
+
+_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+HUNG_UP = 499
+"""The status in logs and figures of a request whose client did not wait for one."""
+
+log = logging.getLogger("foreword.serve.requests")
+
+
+class JsonFormatter(logging.Formatter):
+    """One line of JSON: time, level, logger, message, and what `extra={"facts": {...}}` says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info and record.exc_info[0] is not None:
+            # where, but not with what: messages of exceptions may hold a client's text
+            line["exception"] = record.exc_info[0].__name__
+            line["at"] = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(record.exc_info[2])[-8:]]
+        return json.dumps(line, ensure_ascii=False)
+
+
+def log_as_json(level: int = logging.INFO) -> None:
+    """Send the logs of foreword and of uvicorn to stderr, a line of JSON each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("foreword", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+class Told:
+    """Around an application: an id for every request, a line in the log, figures, and a clean error for what failed.
+
+    A request's id is what the client gave in `X-Request-Id`, if that is a short word, or a new one.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        facts: MutableMapping[str, Any] = {"request": id, "method": scope["method"]}
+        scope.setdefault("state", {}).update(request_id=id, facts=facts)
+        status = 0
+        began = time.perf_counter()
+
+        async def told_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, told_send)
+        except HungUpError:
+            self.metrics.abandoned.inc()
+            status = status or HUNG_UP
+        except Exception:
+            log.exception("a request failed", extra={"facts": {"request": id}})
+            if not status:
+                problem = Problem(500, "the server failed; its log says why", code="internal_error")
+                await problem.response()(scope, receive, told_send)
+        finally:
+            route = getattr(scope.get("route"), "path", None) or "none"
+            seconds = time.perf_counter() - began
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            facts.update(route=route, status=status, seconds=round(seconds, 4))
+            log.info("request", extra={"facts": dict(facts)})

@@ -1,0 +1,176 @@
+"""/v1/models, and /v1/prefixes, where admins upload, look at and delete prefixes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from foreword.data import fields_of
+from foreword.errors import PrefixFileError
+from foreword.prefix import Prefix
+from foreword.serve import schemas
+from foreword.serve.access import Key
+from foreword.serve.problems import Problem, no_such_model
+from foreword.serve.residents import size_of
+from foreword.serve.service import Admin, Asking, Service
+from foreword.store import NoSuchPrefixError, Store, Version, check_name
+
+__all__ = ["router"]
+
+PAGE = 1000
+
+router = APIRouter()
+
+
+def _created(version: Version) -> int:
+    return version.stamp // 1_000_000
+
+
+def _usable(store: Store, key: Key) -> Iterator[Version]:
+    """The newest version of every prefix that a key may use, head by head of its patterns."""
+    heads = {""} if key.admin else {pattern.partition("*")[0] for pattern in key.prefixes}
+    for head in heads:
+        if any(head != other and head.startswith(other) for other in heads):
+            continue  # those names come with the other's
+        cursor: str | None = ""
+        while cursor is not None:
+            page = store.page(cursor, PAGE, prefix=head)
+            yield from (version for version in page.versions if key.may_use(version.name))
+            cursor = page.cursor
+
+
+@router.get("/v1/models", tags=["models"])
+async def models(request: HttpRequest, key: Asking) -> schemas.ModelList:
+    """The base, and every prefix that the key may use."""
+    service: Service = request.app.state.service
+    versions = await asyncio.to_thread(lambda: sorted(_usable(service.store, key), key=lambda one: one.name))
+    data = [schemas.ModelInfo(id=one.name, created=_created(one), owned_by="foreword") for one in versions]
+    return schemas.ModelList(data=[_base_info(service), *data])
+
+
+def _base_info(service: Service) -> schemas.ModelInfo:
+    return schemas.ModelInfo(id=service.base_name, created=service.began, owned_by="base")
+
+
+@router.get("/v1/models/{model:path}", tags=["models"])
+async def model(request: HttpRequest, key: Asking, model: str) -> schemas.ModelInfo:
+    """The base, or one prefix."""
+    service: Service = request.app.state.service
+    if model == service.base_name:
+        return _base_info(service)
+    version = (await service.entry(key, model)).version
+    return schemas.ModelInfo(id=version.name, created=_created(version), owned_by="foreword")
+
+
+@router.get("/v1/prefixes", tags=["prefixes"])
+async def prefixes(
+    request: HttpRequest,
+    _: Admin,
+    after: Annotated[str, Query(description="Names that sort after this one.", max_length=1024)] = "",
+    begins: Annotated[str, Query(description="Names that begin so.", max_length=1024)] = "",
+    limit: Annotated[int, Query(ge=1, le=PAGE)] = 100,
+) -> schemas.PrefixList:
+    """A page of all prefixes."""
+    service: Service = request.app.state.service
+    page = await asyncio.to_thread(lambda: service.store.page(after, limit, prefix=begins))
+    return schemas.PrefixList(data=[_info(version) for version in page.versions], cursor=page.cursor)
+
+
+def _info(version: Version) -> schemas.PrefixInfo:
+    return schemas.PrefixInfo(name=version.name, sha256=version.sha256, created=_created(version))
+
+
+@router.get("/v1/prefixes/{name:path}", tags=["prefixes"])
+async def show(request: HttpRequest, key: Admin, name: str) -> Response:
+    """A prefix's card, and its versions, the newest first."""
+    service: Service = request.app.state.service
+    entry = await service.entry(key, name)
+    versions = await asyncio.to_thread(service.store.versions, entry.version.name)
+    facts: dict[str, Any] = {
+        **_info(entry.version).model_dump(),
+        "length": entry.length,
+        **entry.facts,
+        # a file may hold numbers that JSON has not
+        "card": json.loads(entry.card.to_json(), parse_constant=lambda _: None),
+        "versions": [{"sha256": one.sha256, "created": _created(one)} for one in versions],
+    }
+    return Response(json.dumps(facts, ensure_ascii=False), media_type="application/json")
+
+
+@router.put(
+    "/v1/prefixes/{name:path}",
+    tags=["prefixes"],
+    status_code=201,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "description": "A prefix file, as it is.",
+            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def upload(request: HttpRequest, _: Admin, name: str) -> schemas.PrefixInfo:
+    """Store a prefix file as the newest version of a name."""
+    service: Service = request.app.state.service
+    name = check_name(name)
+    if name == service.base_name:
+        raise Problem(400, f"{name!r} is the base's name: choose another", param="name")
+    data = await _body(request, service.settings.max_upload)
+    version = await asyncio.to_thread(_put, service, name, data)
+    service.catalog.forget_name(name)
+    return _info(version)
+
+
+async def _body(request: HttpRequest, limit: int) -> bytes:
+    said = request.headers.get("content-length", "")
+    too_large = Problem(413, f"expected a prefix file of at most {limit:,} bytes; got a larger one", code="too_large")
+    if said.isdecimal() and int(said[:20]) > limit:
+        raise too_large
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > limit:
+            raise too_large
+    return bytes(data)
+
+
+def _put(service: Service, name: str, data: bytes) -> Version:
+    """Check all that can be wrong with a file before a byte of it is stored."""
+    try:
+        prefix = Prefix.from_bytes(data).check(service.base)
+        json.dumps(json.loads(prefix.card.to_json()), allow_nan=False)
+    except PrefixFileError as error:
+        raise Problem(400, " ".join(str(error).split()), code="bad_prefix_file") from None
+    except (ValueError, RecursionError):
+        raise Problem(400, "expected a card without NaN and infinity", code="bad_prefix_file") from None
+    if not prefix.card.framing.chat:
+        fields_of(prefix.card.framing.template)
+    service.engine.room(1, prefix.length)
+    budget = service.engine.figures().budget_bytes
+    if budget and size_of(prefix) > budget:
+        message = (
+            f"expected a prefix of at most {budget:,} bytes, the memory that all have together; got {size_of(prefix):,}"
+        )
+        raise Problem(413, message, code="too_large")
+    return service.store.put(name, data)
+
+
+@router.delete("/v1/prefixes/{name:path}", tags=["prefixes"])
+async def delete(request: HttpRequest, _: Admin, name: str) -> schemas.Deleted:
+    """Delete every version of a prefix, from memory too. Texts under way come to their end."""
+    service: Service = request.app.state.service
+    name = check_name(name)
+    versions = await asyncio.to_thread(service.store.versions, name)
+    try:
+        count = await asyncio.to_thread(service.store.delete, name)
+    except NoSuchPrefixError:
+        raise no_such_model(name) from None
+    service.catalog.forget_name(name)
+    await service.catalog.forget({version.sha256 for version in versions})
+    return schemas.Deleted(name=name, versions=count)

@@ -1,0 +1,113 @@
+"""What went wrong, in the shape in which OpenAI's API says it, and with the status that goes with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from foreword.errors import ForewordError, PrefixFileError, TooLongError, WrongBaseError
+from foreword.serve.engine import EngineStoppedError
+from foreword.serve.limits import TooManyError
+from foreword.store import NoSuchPrefixError
+
+__all__ = ["HungUpError", "Problem", "no_such_model", "problem_of"]
+
+log = logging.getLogger(__name__)
+
+
+class Problem(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        message: one line that says what was expected, what came, and what to do.
+        code: for programs.
+        param: which part of the request.
+        headers: that go with the answer.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+class HungUpError(Exception):
+    """The client has gone; nobody waits for an answer."""
+
+
+def problem_of(error: Exception) -> Problem:
+    """The problem that an exception is; what nobody expected is told to nobody."""
+    if isinstance(error, Problem):
+        return error
+    message = " ".join(str(error).split())
+    if isinstance(error, TooManyError):
+        again = {"retry-after": str(error.retry_after)}
+        return Problem(429, message, code=f"{error.what}_limit_exceeded", headers=again)
+    if isinstance(error, EngineStoppedError):
+        return Problem(503, message, code="stopping", headers={"retry-after": "5"})
+    if isinstance(error, NoSuchPrefixError):
+        return Problem(404, message, code="model_not_found", param="model")
+    if isinstance(error, TooLongError):
+        return Problem(400, message, code="context_length_exceeded")
+    if isinstance(error, PrefixFileError) and not isinstance(error, WrongBaseError):
+        return Problem(500, message, code="prefix_damaged", param="model")
+    if isinstance(error, ForewordError):
+        return Problem(400, message, param="model" if isinstance(error, WrongBaseError) else None)
+    if isinstance(error, TimeoutError):
+        return Problem(504, "the answer took longer than this server allows: ask for fewer tokens", code="timeout")
+    return Problem(500, "the server failed; its log says why", code="internal_error")
+
+
+def no_such_model(name: str) -> Problem:
+    """The same for a prefix that is not there and for one that is somebody else's."""
+    message = f"no model {name[:256]!r}: see /v1/models for those that you may use"
+    return Problem(404, message, code="model_not_found", param="model")
+
+
+async def on_problem(request: Request, error: Exception) -> JSONResponse:
+    problem = problem_of(error)
+    if problem.status >= 500 and problem.code != "stopping":
+        log.error("a request failed: %s", problem.code, exc_info=error)
+    return problem.response()
+
+
+async def on_http(request: Request, error: Exception) -> JSONResponse:
+    """What routing says: no such path, or no such method."""
+    assert isinstance(error, HTTPException)
+    return Problem(error.status_code, str(error.detail), headers=error.headers).response()
+
+
+async def on_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")) or None
+    where = f"{param}: " if param else ""
+    return Problem(400, where + str(first["msg"]), param=param).response()

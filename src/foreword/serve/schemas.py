@@ -1,0 +1,249 @@
+"""Requests and answers, in the shapes of OpenAI's API, and with what foreword adds to them.
+
+What would do nothing here is refused, not passed over: of OpenAI's fields that change an answer and that are not
+supported, the value that changes nothing is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+__all__ = ["ChatRequest", "CompletionRequest"]
+
+MAX_TEXTS = 128
+"""Texts that one request may ask for: its prompts times n."""
+
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Zero = Annotated[float, Field(ge=0, le=0)]
+Model = Annotated[str, Field(description="A prefix's name; the base's name for no prefix.")]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class _Shared(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Model
+    n: int = Field(1, ge=1, le=MAX_TEXTS)
+    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Annotated[list[Stop], BeforeValidator(_listed), Field(max_length=16)] | None = Field(
+        None, description="A string, or a list of them."
+    )
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    presence_penalty: Zero = Field(0, description="0 alone: not supported.")
+    frequency_penalty: Zero = Field(0, description="0 alone: not supported.")
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="Not supported.")
+    user: str | None = Field(None, description="Taken, and not used.")
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What `Sampling` takes of these fields."""
+        stop = tuple(self.stop or ())
+        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop": stop}
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(_Shared):
+    """A request to /v1/completions. `prompt` is framed as the prefix was trained, unless it is token ids."""
+
+    prompt: (
+        Annotated[str, Field(max_length=10_000_000)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_TEXTS)]
+    )
+    max_tokens: int = Field(16, ge=1, lt=2**31)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: Literal[False] = Field(False, description="Not supported.")
+    suffix: None = Field(None, description="Not supported.")
+    best_of: int | None = Field(None, description="The same as n, or nothing.")
+    frame: bool = Field(
+        True,
+        description="foreword's own: whether the prompt is framed by the prefix's template; false takes it as it is.",
+    )
+    record: dict[str, str | int | float] | None = Field(
+        None, description="foreword's own: columns that the prefix's template names, beside `input`, the prompt."
+    )
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: None = Field(None, description="Not supported.")
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(_Shared):
+    """A request to /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=10_000)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="By default what the context leaves.")
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The same as max_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+class Usage(BaseModel):
+    """Tokens of x and y; virtual tokens are not counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str] = []
+    token_logprobs: list[float] = []
+    top_logprobs: list[dict[str, float]] | None = None
+    text_offset: list[int] = []
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error."""
+
+    error: ErrorDetail
+
+
+class ModelInfo(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelInfo]
+
+
+class PrefixInfo(BaseModel):
+    name: str
+    sha256: str
+    created: int
+    object: Literal["prefix"] = "prefix"
+
+
+class PrefixList(BaseModel):
+    """Prefixes sorted by name; `cursor` is the next request's `after`, null at the end."""
+
+    object: Literal["list"] = "list"
+    data: list[PrefixInfo]
+    cursor: str | None
+
+
+class Deleted(BaseModel):
+    name: str
+    versions: int
+    deleted: Literal[True] = True

@@ -1,0 +1,344 @@
+"""The server behind its routes: who asks, for which prefix, how x is framed, and the texts as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from fastapi import Depends
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import Request as HttpRequest
+
+from foreword.data import frame
+from foreword.errors import DataError
+from foreword.prefix import Framing
+from foreword.serve.access import OPEN, Key, KeyFile
+from foreword.serve.catalog import Catalog, Entry
+from foreword.serve.engine import Engine, EngineStoppedError, Piece, Request, Sampling
+from foreword.serve.limits import Limits
+from foreword.serve.metrics import Metrics
+from foreword.serve.problems import HungUpError, Problem, no_such_model
+from foreword.store import NoSuchPrefixError, Store, StoreError, Version
+
+if TYPE_CHECKING:
+    from foreword.bases import Base
+
+__all__ = ["Admin", "Asking", "Service", "Settings", "Texts", "while_connected"]
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+PLAIN = Framing(template="{input}")
+"""How a prompt is taken as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the server allows.
+
+    Args:
+        max_texts: texts under way at once, running and waiting; more are told to come back later.
+        timeout: seconds for one request, waiting included.
+        grace: seconds for the texts under way to end when the server is stopped.
+        max_upload: bytes of an uploaded prefix file.
+    """
+
+    max_texts: int = 256
+    timeout: float = 600.0
+    grace: float = 30.0
+    max_upload: int = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Texts to write for one request, one after another for each prompt.
+
+    Args:
+        requests: one a text.
+        input_tokens: of all prompts, each counted once.
+    """
+
+    requests: Sequence[Request]
+    input_tokens: int
+
+
+class Service:
+    """See the module.
+
+    Args:
+        base: frames x; its weights are the engine's affair.
+        store: of the prefixes.
+        engine: not yet started.
+        keys: None lets everybody do everything.
+        base_name: what requests call the base; None for its own name.
+        settings: see `Settings`.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        store: Store,
+        engine: Engine,
+        keys: KeyFile | None,
+        base_name: str | None,
+        settings: Settings,
+    ):
+        # where its files lie is nobody's business
+        self.base_name = base_name or (Path(base.name).name if Path(base.name).exists() else base.name)
+        self.base, self.store, self.engine, self.keys, self.settings = base, store, engine, keys, settings
+        self.catalog = Catalog(store, engine)
+        self.limits = Limits(settings.max_texts)
+        self.metrics = Metrics(engine, self.limits)
+        self.began = int(time.time())
+        self._state = "starting"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start the engine, and watch the store, for the time of a `with` block."""
+        self._loop = asyncio.get_running_loop()
+        await self.engine.start()
+        # computed once, over the whole base
+        await asyncio.to_thread(lambda: self.base.fingerprint)
+        try:
+            async with self.catalog.watching():
+                self._state = "ready"
+                yield
+        finally:
+            self.begin_to_stop()
+            assert self._stopping is not None
+            await self._stopping
+
+    def begin_to_stop(self) -> None:
+        """Take no new requests; those under way have the time of grace to end."""
+        self._state = "stopping"
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self.engine.stop(self.settings.grace))
+
+    def stop_soon(self) -> None:
+        """`begin_to_stop`, from a signal's handler or another thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.begin_to_stop)
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why requests should go to another server; None where they may come here."""
+        return self.engine.problem() if self._state == "ready" else self._state
+
+    # who asks, and for what
+
+    def key_of(self, request: HttpRequest) -> Key:
+        """Whose request it is. Raises `Problem` (401)."""
+        if self.keys is None:
+            return OPEN
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        key = self.keys.find(given.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            message = "expected an API key that this server knows: give one as Authorization: Bearer KEY"
+            raise Problem(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        request.state.facts["key"] = key.id
+        return key
+
+    def admin_of(self, request: HttpRequest) -> Key:
+        """The same for what only admins may do. Raises `Problem` (401, 403)."""
+        key = self.key_of(request)
+        if not key.admin:
+            raise Problem(403, "expected an admin's API key: see foreword keys add --admin", code="not_allowed")
+        return key
+
+    async def entry(self, key: Key, name: str) -> Entry:
+        """The newest version of a prefix that the key may use. Raises `Problem` (404), or what a damaged file raises."""
+        try:
+            entry = await self.catalog.find(name)
+        except NoSuchPrefixError:
+            raise no_such_model(name) from None
+        except StoreError:
+            # what cannot be a name is nobody's name
+            raise no_such_model(name) from None
+        if not key.may_use(entry.version.name):
+            raise no_such_model(name)
+        return entry
+
+    async def model(self, request: HttpRequest, key: Key, name: str) -> Entry | None:
+        """What `model` names; None for the bare base. The request's line in the log tells it.
+
+        Raises:
+            Problem: there is none (404).
+            WrongBaseError: it is of another base.
+        """
+        if name == self.base_name:
+            return None
+        entry = await self.entry(key, name)
+        self.check_base(entry)
+        request.state.facts.update(model=entry.version.name, version=entry.version.sha256[:12])
+        return entry
+
+    def check_base(self, entry: Entry) -> None:
+        if entry.card.fingerprint != self.base.fingerprint:
+            message = f"the prefix {entry.version.name!r} was trained on another base than {self.base_name!r}"
+            raise Problem(400, message, code="wrong_base", param="model")
+
+    # x
+
+    async def framed(self, entry: Entry | None, record: Mapping[str, Any], framing: Framing) -> list[int]:
+        """The token ids of x. Raises what `foreword.data.frame` does, and `TooLongError`."""
+        tokens = await asyncio.to_thread(frame, self.base, record, framing, "the request")
+        self.engine.room(len(tokens), 0 if entry is None else entry.length)
+        return tokens
+
+    def checked_ids(self, entry: Entry | None, tokens: Sequence[int]) -> list[int]:
+        """Token ids that a client gave. Raises `DataError` where the base has no such."""
+        known = self.base.embeddings.shape[0]
+        if tokens and max(tokens) >= known:
+            raise DataError(f"expected token ids below {known}; got {max(tokens)}")
+        self.engine.room(len(tokens), 0 if entry is None else entry.length)
+        return list(tokens)
+
+    def texts(
+        self,
+        entry: Entry | None,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        max_tokens: int | None,
+        **sampling: Any,
+    ) -> Texts:
+        """n texts for each prompt.
+
+        Args:
+            max_tokens: None for what the context leaves.
+            sampling: the other arguments of `Sampling`.
+
+        Raises:
+            Problem: more texts than ever fit, or more tokens than the context leaves (400).
+        """
+        count = n * len(prompts)
+        if count > self.settings.max_texts:
+            raise Problem(
+                400, f"expected at most {self.settings.max_texts} texts of one request; got {count}", param="n"
+            )
+        seed = sampling.pop("seed")
+        version: Version | None = None if entry is None else entry.version
+        requests: list[Request] = []
+        for tokens in prompts:
+            room = self.engine.room(len(tokens), 0 if entry is None else entry.length)
+            if max_tokens is not None and room is not None and max_tokens > room:
+                virtual = "" if entry is None or self.engine.is_encoder_decoder else f" and {entry.length} virtual ones"
+                raise Problem(
+                    400,
+                    f"expected at most {room} for max_tokens, which the context of {self.engine.context} leaves after "
+                    f"{len(tokens)} tokens of input{virtual}; got {max_tokens}",
+                    code="context_length_exceeded",
+                    param="max_tokens",
+                )
+            limit = max_tokens if max_tokens is not None else room
+            if limit is None:
+                raise Problem(400, "expected max_tokens, as this base's context has no end", param="max_tokens")
+            for _ in range(n):
+                own = None if seed is None else (seed + len(requests)) % (1 << 63)
+                how = Sampling(max_tokens=limit, seed=own, **sampling)
+                requests.append(Request(id=uuid.uuid4().hex, tokens=tuple(tokens), prefix=version, sampling=how))
+        return Texts(requests=requests, input_tokens=sum(map(len, prompts)))
+
+    # y
+
+    def word(self, token: int) -> str:
+        """The text of a token by itself, special ones too."""
+        return str(self.base.tokenizer.decode([token]))
+
+    async def pieces(self, key: Key, texts: Texts) -> AsyncGenerator[tuple[int, Piece], None]:
+        """The pieces of all texts as they come, each with its text's number.
+
+        Raises:
+            TooManyError: there is no room for so many.
+            TimeoutError: it took longer than the settings allow.
+            whatever the engine raises for one of them; the others are given up.
+        """
+        if self._state != "ready":
+            raise EngineStoppedError(f"the server is {self._state}")
+        with self.limits.entered(key, len(texts.requests), texts.input_tokens) as spend:
+            self.metrics.input_tokens.inc(texts.input_tokens)
+            began = time.monotonic()
+            waiting = set(range(len(texts.requests)))
+            async with aclosing(
+                self._merged(texts.requests, asyncio.get_running_loop().time() + self.settings.timeout)
+            ) as pieces:
+                async for i, piece in pieces:
+                    if i in waiting:
+                        waiting.remove(i)
+                        self.metrics.first_token.observe(time.monotonic() - began)
+                    spend(len(piece.tokens))
+                    self.metrics.output_tokens.inc(len(piece.tokens))
+                    yield i, piece
+
+    async def _merged(self, requests: Sequence[Request], deadline: float) -> AsyncGenerator[tuple[int, Piece], None]:
+        queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+
+        async def run(i: int, request: Request) -> None:
+            try:
+                async with aclosing(self.engine.generate(request)) as pieces:
+                    async for piece in pieces:
+                        queue.put_nowait((i, piece))
+            except Exception as error:
+                queue.put_nowait((i, error))
+
+        tasks = [asyncio.create_task(run(i, request)) for i, request in enumerate(requests)]
+        left = len(tasks)
+        try:
+            while left:
+                async with asyncio.timeout_at(deadline):
+                    i, piece = await queue.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                left -= piece.finish is not None
+                yield i, piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def while_connected(request: HttpRequest, work: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """The result of `work`, which is cancelled when the client hangs up. Raises `HungUpError` then."""
+
+    async def hung_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.create_task(work()), asyncio.create_task(hung_up())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HungUpError
+        return await task
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+_bearer = HTTPBearer(auto_error=False, description="An API key; none where the server asks for none.")
+
+
+async def _asking(request: HttpRequest, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Key:
+    service: Service = request.app.state.service
+    return service.key_of(request)
+
+
+async def _admin(request: HttpRequest, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Key:
+    service: Service = request.app.state.service
+    return service.admin_of(request)
+
+
+Asking = Annotated[Key, Depends(_asking)]
+"""Whose request it is; a route that has it answers nobody else."""
+Admin = Annotated[Key, Depends(_admin)]
+"""The same for what only admins may do."""

@@ -1,0 +1,334 @@
+"""The engine `vllm`: vLLM as it comes, asynchronous, in processes of its own, with our KV connector in it.
+
+It decides which tokens come; how they become text, and where a stop string ends it, is as in the local engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from foreword.bases import Base, built_in_folder, load_base
+from foreword.builtin import BUILT_IN
+from foreword.errors import ForewordError, MissingExtraError, PrefixFileError, SettingsError, TooLongError
+from foreword.generation import _ends
+from foreword.prefix import Card, Prefix
+from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, Sampling, TokenLogprob
+from foreword.serve.placeholders import BUDGET, cache_salt, kv_transfer_config, kv_transfer_params, placeholder_ids
+from foreword.serve.text import TextSoFar
+from foreword.store import Store, Version
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+__all__ = ["VllmEngine", "base_for_vllm"]
+
+MAX_LENGTHS = 1 << 17
+"""How many contents are remembered as checked, a number each."""
+
+
+def base_for_vllm(name: str, *, dtype: torch.dtype | str | None = None) -> Base:
+    """A base as the engine and the server beside it need it: all but its weights, which vLLM loads itself.
+
+    Raises:
+        BaseLoadError, MissingExtraError, SettingsError: as `load_base` does.
+    """
+    base = load_base(name, dtype=dtype, device="cpu")
+    # both look at the weights, and are remembered
+    assert base.fingerprint
+    assert base.shapes
+    model: torch.nn.Module = base.model
+    model.to("meta")
+    return base
+
+
+class VllmEngine(Engine):
+    """Serves a decoder-only base and the prefixes of a store with vLLM.
+
+    Args:
+        base: as `base_for_vllm` gives it; one with weights will do, and keeps them.
+        store: where the prefixes are. Other processes open it again, so it cannot be in one process's memory.
+        budget: the most bytes of host memory that prefixes may take. What waits for vLLM waits for room here, too.
+        ranks: processes that share each layer (tensor parallel), each with its own heads.
+        options: more of vLLM's `AsyncEngineArgs`, by name; `max_model_len` bounds the context.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+        SettingsError: vLLM cannot serve prefixes of this base; the local engine can.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        base: Base,
+        store: Store,
+        *,
+        budget: int = BUDGET,
+        ranks: int = 1,
+        options: Mapping[str, Any] | None = None,
+    ):
+        if importlib.util.find_spec("vllm") is None:
+            raise MissingExtraError("vllm", "vllm")
+        if base.is_encoder_decoder:
+            raise SettingsError(f"vLLM serves decoder-only bases; {base.name!r} has an encoder: use the local engine")
+        if store.url.startswith("memory:"):
+            raise SettingsError(
+                f"vLLM's processes cannot see the store {store.url}: use a folder or a shared filesystem"
+            )
+        self.base = base
+        self.store = store
+        self.budget = budget
+        self._ranks = ranks
+        self._options = dict(options or {})
+        limits = [limit for limit in (base.context, self._options.get("max_model_len")) if limit is not None]
+        self.context = min(limits, default=None)
+        self._ends = _ends(base)
+        self._llm: AsyncLLM | None = None
+        self._closed = False
+        self._running: dict[str, asyncio.Event] = {}
+        self._lengths: dict[str, int] = {}
+        self._told: dict[str, float] = {}
+
+    async def start(self) -> None:
+        """Start vLLM's processes and have them load the base: seconds to minutes.
+
+        Raises:
+            SettingsError: the base's sliding window is shorter than the context, or vLLM refuses its options.
+        """
+        self._llm = await asyncio.to_thread(self._make)
+        # the first request has vLLM import and compile what it needs, for seconds
+        first = Request(id="foreword-warm-up", tokens=(0,), prefix=None, sampling=Sampling(max_tokens=1))
+        async with aclosing(self.generate(first)) as pieces:
+            async for _ in pieces:
+                pass
+
+    def _make(self) -> AsyncLLM:
+        from vllm.config import KVTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        connector = kv_transfer_config(self.store.url, self.base.fingerprint, base=self.base.name, budget=self.budget)
+        args: dict[str, Any] = {
+            "model": str(_where(self.base.name)),
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "max_model_len": self.context,
+            "tensor_parallel_size": self._ranks,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "kv_transfer_config": KVTransferConfig(**connector),
+        }
+        if clash := sorted({"model", "tensor_parallel_size", "kv_transfer_config"} & set(self._options)):
+            raise SettingsError(f"expected other options for vLLM; {', '.join(clash)} are set by foreword")
+        try:
+            config = AsyncEngineArgs(**{**args, **self._options, "max_model_len": self.context}).create_engine_config()
+        except (TypeError, ValueError) as error:
+            raise SettingsError(
+                f"vLLM does not start with these options: {' '.join(str(error).split())[:500]}"
+            ) from error
+        window = config.model_config.get_sliding_window()
+        if window is not None and window < config.model_config.max_model_len:
+            raise SettingsError(
+                f"expected a sliding window that covers the context of {config.model_config.max_model_len}; that of "
+                f"{self.base.name!r} is {window}: set max_model_len to {window} or less, or use the local engine"
+            )
+        return AsyncLLM.from_vllm_config(config, stat_loggers=[_listener(self._told)], disable_log_stats=True)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Piece, None]:
+        if self._llm is None or self._closed:
+            raise EngineStoppedError("the engine is not running")
+        if request.id in self._running:
+            raise SettingsError(f"expected an id that no request under way has; got {request.id!r}")
+        ended = self._running[request.id] = asyncio.Event()
+        try:
+            prompt: dict[str, Any] = {"prompt_token_ids": list(request.tokens)}
+            params = self._params(request)
+            if request.prefix is not None:
+                length = await self._length(request.prefix)
+                sha256 = request.prefix.sha256
+                ids = placeholder_ids(sha256, length, self.base.model.config.vocab_size)
+                prompt = {"prompt_token_ids": [*ids, *request.tokens], "cache_salt": cache_salt(sha256)}
+                params.extra_args = {"kv_transfer_params": kv_transfer_params(request.prefix)}
+            used = len(prompt["prompt_token_ids"])
+            if self.context is not None and used + 1 > self.context:
+                raise TooLongError(
+                    f"expected at most {self.context} virtual tokens, tokens of x and of y together; got "
+                    f"{used - len(request.tokens)} and {len(request.tokens)}, which leave no room for y"
+                )
+            async with aclosing(self._pieces(request, prompt, params)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            del self._running[request.id]
+            ended.set()
+
+    def _params(self, request: Request) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        return SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            logprobs=sampling.logprobs,
+            stop_token_ids=sorted(self._ends),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    async def _pieces(self, request: Request, prompt: Any, params: Any) -> AsyncGenerator[Piece, None]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        assert self._llm is not None
+        text = TextSoFar(self.base.decode, request.sampling.stop)
+        try:
+            async with aclosing(self._llm.generate(prompt, params, request.id)) as outputs:
+                async for output in outputs:
+                    (one,) = output.outputs
+                    if one.finish_reason == "error":
+                        await self._explain(request)
+                    if one.finish_reason == "abort":
+                        raise EngineStoppedError(f"the engine was stopped before the end of {request.id}")
+                    piece = self._piece(text, one, request.sampling.logprobs or 0)
+                    yield piece
+                    if piece.finish is not None:
+                        return
+        except EngineDeadError:
+            raise EngineStoppedError("vLLM has ended; see its log") from None
+
+    def _piece(self, text: TextSoFar, one: Any, count: int) -> Piece:
+        """What of a delta belongs to the text: nothing after a stop string."""
+        shown, tokens = "", []
+        for token in one.token_ids:
+            tokens.append(token)
+            # an end token is no text, though it may be no special one
+            if token not in self._ends:
+                shown += text.add(token)
+            if text.stopped:
+                break
+        finish: Finish | None = "stop" if text.stopped else one.finish_reason
+        if finish is not None:
+            shown += text.end()
+            finish = "stop" if text.stopped else finish
+        logprobs = [_told(token, at_place, count) for token, at_place in zip(tokens, one.logprobs or (), strict=False)]
+        return Piece(text=shown, tokens=tokens, logprobs=logprobs, finish=finish)
+
+    async def _length(self, version: Version) -> int:
+        """P of a version, which was read and checked once."""
+        length = self._lengths.get(version.sha256)
+        if length is None:
+            if len(self._lengths) >= MAX_LENGTHS:
+                self._lengths.clear()
+            length = await asyncio.to_thread(self._read, version)
+            self._lengths[version.sha256] = length
+        return length
+
+    def _read(self, version: Version) -> int:
+        data = self.store.read(version)
+        return _length_told(data, self.base.fingerprint) or Prefix.from_bytes(data).check(self.base).length
+
+    async def _explain(self, request: Request) -> None:
+        """vLLM says only that a request failed; looking again says why."""
+        if request.prefix is not None:
+            self._lengths.pop(request.prefix.sha256, None)
+            data = await asyncio.to_thread(self.store.read, request.prefix)
+            await asyncio.to_thread(lambda: Prefix.from_bytes(data).check(self.base))
+        raise PrefixFileError(f"vLLM could not serve {request.prefix or 'the request'}: see its log, and try again")
+
+    async def forget(self, sha256s: Collection[str]) -> None:
+        """Later requests look into the store again; the connector hears of deletions from the store, within seconds."""
+        for sha256 in sha256s:
+            self._lengths.pop(sha256, None)
+
+    def figures(self) -> Figures:
+        told = self._told
+        running = int(told.get("running", 0))
+        names = ("resident_prefixes", "resident_bytes", "hits", "loads", "evictions")
+        return Figures(
+            running=running,
+            waiting=max(0, len(self._running) - running),
+            budget_bytes=self.budget,
+            **{name: int(told.get(name, 0)) for name in names},
+            more={name: told[name] for name in told if name not in ("running", *names)},
+        )
+
+    async def stop(self, grace: float) -> None:
+        self._closed = True
+        try:
+            async with asyncio.timeout(grace):
+                for ended in list(self._running.values()):
+                    await ended.wait()
+        except TimeoutError:
+            pass
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await llm.abort(list(llm.output_processor.request_states), internal=True)
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()
+                await asyncio.wait([llm.output_handler])
+            await asyncio.to_thread(llm.shutdown)
+
+
+def _where(name: str) -> str | Path:
+    """What vLLM calls a base."""
+    if name in BUILT_IN:
+        return built_in_folder(name)
+    if Path(name).suffix == ".gguf":
+        raise SettingsError(f"vLLM does not read GGUF files; {name!r} is one: use the local engine")
+    return Path(name).expanduser() if Path(name).expanduser().is_dir() else name
+
+
+def _length_told(data: bytes, fingerprint: str) -> int | None:
+    """P as a file's header tells it; None where that is odd, and the file is to be looked at whole.
+
+    The connector looks at it whole in any case, and a cold request's first token waits for both.
+    """
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if Card.from_json(header["__metadata__"]["foreword"]).fingerprint != fingerprint:
+            return None
+        return int(header["decoder.0.keys"]["shape"][1]) or None
+    except (ForewordError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _told(token: int, at_place: Mapping[int, Any], count: int) -> TokenLogprob:
+    """vLLM's log-probabilities at one place: the chosen token's, and those of the `count` likeliest."""
+    ranked = sorted((one.rank, other, one.logprob) for other, one in at_place.items() if one.rank is not None)
+    top = tuple((other, logprob) for rank, other, logprob in ranked if rank <= count)
+    return TokenLogprob(token=token, logprob=at_place[token].logprob, top=top)
+
+
+def _listener(told: dict[str, float]) -> Callable[..., Any]:
+    """A stat logger of vLLM's that keeps the last figures in `told`."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Listener(StatLoggerBase):
+        def __init__(self, vllm_config: Any, engine_index: int = 0):
+            """Nothing to set up."""
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+            if iteration_stats is not None:
+                told["preemptions"] = told.get("preemptions", 0) + iteration_stats.num_preempted_reqs
+            if scheduler_stats is None:
+                return
+            told["running"] = scheduler_stats.num_running_reqs
+            told["cache_usage"] = scheduler_stats.kv_cache_usage
+            caching = scheduler_stats.prefix_cache_stats
+            for name, count in (("cache_queries", caching.queries), ("cache_hits", caching.hits)):
+                told[name] = told.get(name, 0) + count
+            told.update(scheduler_stats.kv_connector_stats or {})
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to say."""
+
+    return Listener

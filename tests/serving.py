@@ -1,0 +1,93 @@
+"""What the tests of the server share: tiny bases, and prefixes of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from test_generation import word_tokenizer
+from tiny import EOS, random_prefix, tiny_model, tiny_tokenizer
+
+from foreword.bases import Base
+from foreword.prefix import Card, Framing, Prefix
+
+CONFIG: dict[str, dict[str, Any]] = {"gemma3": {"tie_word_embeddings": False}, "t5": {"num_decoder_layers": 2}}
+"""Tied, a random Gemma repeats itself; transformers' own generation, the reference, wants as many encoder layers."""
+ENDS = [EOS, *range(0, 256, 9)]
+"""Tokens that end a text, so that random models end some of theirs."""
+
+
+def make_base(family: str, *, dtype: torch.dtype = torch.float32, **config: Any) -> Base:
+    """A tiny base of its own, which may be attached to."""
+    model = tiny_model(family, dtype=dtype, **{**CONFIG.get(family, {}), **config})
+    model.generation_config.eos_token_id = list(ENDS)
+    model.generation_config.forced_eos_token_id = None
+    return Base(model, tiny_tokenizer(family), f"tiny-{family}")
+
+
+@functools.cache
+def reference_base(family: str) -> Base:
+    """One for all references, which leave it as it was."""
+    return make_base(family)
+
+
+@functools.cache
+def words_base(family: str) -> Base:
+    """One whose texts show their tokens, w5 w7; only the end token ends them."""
+    base = make_base(family)
+    base.model.generation_config.eos_token_id = EOS
+    return Base(base.model, word_tokenizer(), base.name)
+
+
+def copy_of(base: Base) -> Base:
+    return Base(copy.deepcopy(base.model), base.tokenizer, base.name)
+
+
+def prefix_for(base: Base, length: int, seed: int = 0, **framing: Any) -> Prefix:
+    prefix = random_prefix(base.model, length, seed=1000 * length + seed)
+    return Prefix(prefix.sections, Card(base=base.name, fingerprint=base.fingerprint, framing=Framing(**framing)))
+
+
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def chat_base(family: str = "llama") -> Base:
+    """One whose tokenizer has a chat template; made anew, so that it may be attached to."""
+    base = make_base(family)
+    base.tokenizer.chat_template = CHAT_TEMPLATE
+    return base
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The application on a socket of this machine, in a thread of its own; yields its URL."""
+    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=20)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)

@@ -1,0 +1,698 @@
+"""What stands before the engine: keys, limits, uploads, hang-ups, stopping, figures and logs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import threading
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import save
+from serving import make_base, prefix_for, reference_base, served, until
+
+import foreword
+from foreword.errors import SettingsError
+from foreword.prefix import Card, Prefix
+from foreword.serve import FakeEngine, Figures, Key, KeyFile, Request, Settings, create_app
+from foreword.serve.catalog import Catalog
+from foreword.serve.limits import Limits, TooManyError
+from foreword.serve.logs import JsonFormatter
+from foreword.serve.server import check_address
+from foreword.store import Store, Version
+
+BASE = "tiny-llama"
+
+
+class World:
+    """A server with a fake engine, which says the prefix's name first."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keys: bool = False,
+        script: Callable[[Request], Sequence[str]] | None = None,
+        **settings: Any,
+    ):
+        self.base = reference_base("llama")
+        self.store = Store(folder / "store", create=True)
+        self.engine = FakeEngine() if script is None else FakeEngine(script)
+        self.keys = KeyFile(folder / "keys.json") if keys else None
+        self.app = create_app(self.base, self.store, engine=self.engine, keys=self.keys, settings=Settings(**settings))
+        self.url = ""
+
+    def put(self, *names: str, **framing: Any) -> None:
+        for name in names:
+            self.store.put(name, prefix_for(self.base, 5, seed=len(name), **framing))
+
+    @contextmanager
+    def running(self) -> Iterator[World]:
+        with served(self.app) as url:
+            self.url = url
+            yield self
+
+    def http(self, key: str | None = None, **more: Any) -> httpx.Client:
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, **more)
+
+    def complete(self, client: httpx.Client, model: str = BASE, **more: Any) -> httpx.Response:
+        return client.post("/v1/completions", json={"model": model, "prompt": "xyz", **more})
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with World(tmp_path).running() as world:
+        yield world
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in body["error"]["message"]
+    return body["error"]  # type: ignore[no-any-return]
+
+
+# who may what
+
+
+def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    world = World(tmp_path, keys=True)
+    assert world.keys is not None
+    world.put("team/a", "team/b", "alone", "*", "Zoë")
+    _, team = world.keys.add(label="team", prefixes=("team/*", "Zoe\u0308"))
+    _, alone = world.keys.add(prefixes=("alone",))
+    _, admin = world.keys.add(admin=True)
+    with world.running(), world.http() as nobody:
+        for given in (
+            "",
+            "Bearer",
+            f"Bearer {team[:-1]}",
+            f"Bearer {team}x",
+            f"Basic {team}",
+            "Bearer fw-00000000-x",
+            "Bearer ключ".encode(),
+        ):
+            for method, path in [
+                ("GET", "/v1/models"), ("GET", "/v1/models/alone"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"),
+                ("GET", "/v1/prefixes"), ("GET", "/v1/prefixes/alone"), ("PUT", "/v1/prefixes/alone"), ("DELETE", "/v1/prefixes/alone"),
+                ("GET", "/metrics"),
+            ]:  # fmt: skip
+                answer = nobody.request(method, path, headers={"authorization": given} if given else {})
+                assert answer.status_code == 401, (method, path)
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert error_of(answer)["code"] == "invalid_api_key"
+        assert nobody.get("/health").status_code == nobody.get("/ready").status_code == 200
+
+        def models(key: str) -> list[str]:
+            with world.http(key) as client:
+                return [model["id"] for model in client.get("/v1/models").json()["data"]]
+
+        assert models(team) == [BASE, "Zoë", "team/a", "team/b"]
+        assert models(alone) == [BASE, "alone"]
+        assert models(admin) == [BASE, "*", "Zoë", "alone", "team/a", "team/b"]
+        with world.http(team) as client:
+            for name in ("team/a", "Zoë", "Zoe\u0308", BASE):
+                assert (
+                    world.complete(client, name)
+                    .json()["choices"][0]["text"]
+                    .startswith("-" if name == BASE else unicodedata.normalize("NFC", name))
+                )
+            # another's is not there, and says so in the same words
+            answers = [world.complete(client, name) for name in ("alone", "*", "nobody", "team")]
+            assert {answer.status_code for answer in answers} == {404}
+            words = [error_of(answer)["message"] for answer in answers]
+            assert len({re.sub("'.*?'", "", text) for text in words}) == 1
+            assert words[0] == "no model 'alone': see /v1/models for those that you may use"
+            answers = [client.get(f"/v1/models/{name}") for name in ("alone", "nobody")]
+            assert [answer.status_code for answer in answers] == [404, 404]
+            for method, path in (
+                ("GET", "/v1/prefixes"),
+                ("PUT", "/v1/prefixes/team/a"),
+                ("DELETE", "/v1/prefixes/team/a"),
+                ("GET", "/metrics"),
+            ):
+                answer = client.request(method, path)
+                assert (answer.status_code, error_of(answer)["code"]) == (403, "not_allowed")
+        with world.http(admin) as client:
+            assert client.get("/v1/prefixes/team/a").json()["name"] == "team/a"
+            assert client.get("/metrics").status_code == 200
+        # keys that come and go count within seconds
+        key, late = world.keys.add(prefixes=("alone",))
+        KeyFile(world.keys.path).remove(key.id)
+        _, late = KeyFile(world.keys.path).add(prefixes=("alone",))
+        with world.http(late) as client:
+            until(lambda: world.complete(client, "alone").status_code == 200)
+    for secret in (team, alone, admin, late):
+        assert secret not in caplog.text
+        assert secret not in world.keys.path.read_text()
+        assert secret.rpartition("-")[2] not in caplog.text
+    assert "xyz" not in caplog.text
+
+
+def test_the_file_of_keys(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    keys = KeyFile(path)
+    assert keys.known() == []
+    key, text = keys.add(label="x", prefixes=("a*b", "c[d]"), concurrency=2)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert KeyFile(path).find(text) == key
+    assert keys.find(text[:-1] + ("A" if text[-1] != "A" else "B")) is None
+    assert [key.may_use(name) for name in ("ab", "a\nxb", "abc", "c[d]", "cd", "A b")] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(SettingsError, match="no key 'zz'"):
+        keys.remove("zz")
+    with pytest.raises(SettingsError, match="expected concurrency of at least 1; got 0"):
+        keys.add(concurrency=0)
+    assert keys.remove(key.id).id == key.id
+    assert KeyFile(path).find(text) is None
+    for bad in ("{", "[]", '{"format": 1, "keys": [{"id": 1}]}', '{"format": 2, "keys": []}'):
+        path.write_text(bad)
+        with pytest.raises(SettingsError, match="expected a file of API keys"):
+            KeyFile(path)
+
+
+def test_addresses() -> None:
+    for host in ("127.0.0.1", "127.3.2.1", "::1", "localhost"):
+        check_address(host, keys=False)
+    for host in ("0.0.0.0", "::", "192.168.1.7", "example.org", ""):
+        check_address(host, keys=True)
+        with pytest.raises(SettingsError, match="expected API keys where others can reach the server"):
+            check_address(host, keys=False)
+
+
+# prefixes over HTTP
+
+
+def test_prefixes(world: World) -> None:
+    files = [prefix_for(world.base, length, template=f"{length}: {{input}}") for length in (3, 4)]
+    with world.http() as client:
+        for name in ("plain", "a/../b", "Zoë 🙂?#", "%2e%2e", "CON"):
+            quoted = "/v1/prefixes/" + "".join(f"%{byte:02x}" for byte in name.encode())
+            for i, prefix in enumerate(files):
+                data = prefix.to_bytes()
+                answer = client.put(quoted, content=data)
+                assert answer.status_code == 201, answer.text
+                assert answer.json()["sha256"] == world.store.newest(name).sha256
+                shown = client.get(quoted).json()
+                assert (shown["name"], shown["length"], len(shown["versions"])) == (name, prefix.length, i + 1)
+                assert shown["card"] == json.loads(prefix.card.to_json())
+                assert shown["sections"] == {"decoder": 3}
+                # the very next request has it
+                assert world.complete(client, name).status_code == 200
+                assert world.engine.requests[-1].prefix == world.store.newest(name)
+        listed = client.get("/v1/prefixes", params={"limit": 2}).json()
+        assert [one["name"] for one in listed["data"]] == ["%2e%2e", "CON"]
+        rest = client.get("/v1/prefixes", params={"after": listed["cursor"]}).json()
+        assert [one["name"] for one in rest["data"]] == ["Zoë 🙂?#", "a/../b", "plain"]
+        assert rest["cursor"] is None
+        assert [one["name"] for one in client.get("/v1/prefixes", params={"begins": "a/"}).json()["data"]] == ["a/../b"]
+        contents = {version.sha256 for version in world.store.versions("plain")}
+        answer = client.delete("/v1/prefixes/plain")
+        assert answer.json() == {"name": "plain", "versions": 2, "deleted": True}
+        assert world.engine.forgotten == contents
+        assert world.complete(client, "plain").status_code == 404
+        for method in ("DELETE", "GET"):
+            assert error_of(client.request(method, "/v1/prefixes/plain"))["code"] == "model_not_found"
+
+
+def test_hostile_uploads(tmp_path: Path) -> None:
+    world = World(tmp_path, max_upload=1_000_000)
+    world.engine.figures = lambda: Figures(budget_bytes=30_000)  # type: ignore[method-assign]
+    good = prefix_for(world.base, 5)
+    data = good.to_bytes()
+
+    def card(**more: Any) -> bytes:
+        return Prefix(good.sections, Card(base="b", fingerprint=world.base.fingerprint, **more)).to_bytes()
+
+    def header(length: int) -> bytes:
+        return length.to_bytes(8, "little") + data[8:]
+
+    nan = [(keys.clone(), values.clone()) for keys, values in good.sections["decoder"]]
+    tensors = {
+        f"decoder.{i}.{kind}": one.clone()
+        for i, layer in enumerate(nan)
+        for kind, one in zip(("keys", "values"), layer, strict=True)
+    }
+    meta = {"foreword": good.card.to_json()}
+    tensors["decoder.1.keys"][1, 2, 3] = torch.nan
+    wrong_shapes = {name: torch.zeros(2, 5, 13) for name in tensors}
+    fewer = {name: one for name, one in tensors.items() if not name.startswith("decoder.2")}
+    fewer["decoder.1.keys"] = torch.zeros_like(fewer["decoder.1.keys"])
+    deep = b'{"__metadata__":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}"
+    bad: dict[str, bytes] = {
+        "empty": b"",
+        "text": b"hello, world",
+        "truncated": data[:-1],
+        "half": data[: len(data) // 2],
+        "header alone": data[:8],
+        "longer": data + b"\0",
+        "giant header": header(1 << 62),
+        "large header": header(200_000_000),
+        "odd header": header(17),
+        "deep header": len(deep).to_bytes(8, "little") + deep,
+        "no card": save({name: torch.zeros_like(one) for name, one in tensors.items()}),
+        "nan": save(tensors, meta),
+        "wrong shapes": save(wrong_shapes, meta),
+        "fewer layers": save(fewer, meta),
+        "other tensors": save({**{n: torch.zeros_like(t) for n, t in tensors.items()}, "evil": torch.zeros(1)}, meta),
+        "no tensors": save({}, meta),
+        "integers": save({name: torch.zeros(one.shape, dtype=torch.int32) for name, one in tensors.items()}, meta),
+        "another base": Prefix(good.sections, Card(base="b", fingerprint="0" * 64)).to_bytes(),
+        "nan in the card": card(metrics={"loss": float("nan")}),
+        "infinity in the card": card(training={"lr": [1e999]}),
+        "bad template": card(framing=foreword.Framing(template="{input.__class__}")),
+        "broken template": card(framing=foreword.Framing(template="{")),
+        "too long": prefix_for(world.base, 131).to_bytes(),
+        "too much memory": prefix_for(world.base, 100).to_bytes(),
+        "too large": b"x" * 1_000_001,
+    }
+    with world.running(), world.http() as client:
+        for name, content in bad.items():
+            answer = client.put("/v1/prefixes/" + name, content=content)
+            assert answer.status_code == (
+                413 if (name.startswith("too l") and name != "too long") or name == "too much memory" else 400
+            ), (name, answer.text)
+            error_of(answer)
+
+        def endless() -> Iterator[bytes]:
+            for _ in range(100):
+                yield b"x" * 100_000
+
+        answer = client.put("/v1/prefixes/endless", content=endless())
+        assert answer.status_code == 413
+        for path in (
+            "/v1/prefixes/",
+            f"/v1/prefixes/{BASE}",
+            "/v1/prefixes/a%0Ab",
+            "/v1/prefixes/a%00b",
+            "/v1/prefixes/" + "x" * 257,
+        ):
+            # no route has a line break in it
+            assert client.put(path, content=data).status_code == (404 if "%0A" in path else 400), path
+        assert world.store.page().versions == []
+        names = ("../../etc/passwd", "/etc/passwd", "..%2f..", "a\\b", ".", "C:\\x")
+        for name in names:
+            quoted = "".join(f"%{byte:02x}" for byte in name.encode())
+            answer = client.put("/v1/prefixes/" + quoted, content=data)
+            if name == ".":
+                # clients and servers take a lone dot for the folder itself
+                assert answer.status_code in (201, 400)
+                continue
+            assert answer.status_code == 201
+            assert world.store.get(name).length == 5
+        assert {path.parts[0] for path in (p.relative_to(tmp_path) for p in tmp_path.rglob("*"))} == {"store"}
+    assert list(world.store.verify()) == []
+
+
+def test_a_replica_sees_changes(tmp_path: Path) -> None:
+    one, two = World(tmp_path), World(tmp_path)
+    data = prefix_for(one.base, 5).to_bytes()
+    other = prefix_for(one.base, 4).to_bytes()
+    with one.running(), two.running(), one.http() as here, two.http() as there:
+        assert here.put("/v1/prefixes/p", content=data).status_code == 201
+        until(lambda: two.complete(there, "p").status_code == 200)
+        old = one.store.newest("p")
+        assert here.put("/v1/prefixes/p", content=other).status_code == 201
+        new = one.store.newest("p")
+
+        def replaced() -> bool:
+            two.complete(there, "p")
+            return two.engine.requests[-1].prefix == new
+
+        until(replaced)
+        assert here.delete("/v1/prefixes/p").status_code == 200
+        until(lambda: two.complete(there, "p").status_code == 404)
+        # its memory too
+        until(lambda: two.engine.forgotten == {old.sha256, new.sha256})
+    with World(tmp_path).running() as again, again.http() as client:
+        assert again.complete(client, "p").status_code == 404
+
+
+def test_a_change_while_a_name_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was looked up before an upload is not believed after it."""
+    store = Store(tmp_path / "store", create=True)
+    old = store.put("p", prefix_for(reference_base("llama"), 5))
+    found, go_on = threading.Event(), threading.Event()
+    newest = store.newest
+
+    def slowly(name: str) -> Version:
+        version = newest(name)
+        found.set()
+        assert go_on.wait(20)
+        return version
+
+    monkeypatch.setattr(store, "newest", slowly)
+
+    async def run() -> None:
+        catalog = Catalog(store, FakeEngine())
+        early = asyncio.create_task(catalog.find("p"))
+        await asyncio.to_thread(found.wait, 20)
+        new = store.put("p", prefix_for(reference_base("llama"), 4))
+        catalog.forget_name("p")
+        go_on.set()
+        assert (await early).version == old
+        assert (await catalog.find("p")).version == new
+        assert new != old
+
+    asyncio.run(run())
+
+
+def test_damaged_and_foreign_prefixes_of_the_store(world: World, tmp_path: Path) -> None:
+    world.put("good", "damaged")
+    foreign = prefix_for(world.base, 5)
+    world.store.put("foreign", Prefix(foreign.sections, Card(base="other", fingerprint="1" * 64)))
+    (file,) = (tmp_path / "store").rglob(f"*{world.store.newest('damaged').sha256}.safetensors")
+    file.write_bytes(b"?")
+    with world.http() as client:
+        answer = world.complete(client, "damaged")
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "prefix_damaged")
+        answer = world.complete(client, "foreign")
+        assert (answer.status_code, error_of(answer)["code"]) == (400, "wrong_base")
+        assert world.complete(client, "good").status_code == 200
+
+
+# under load
+
+
+def test_too_many(tmp_path: Path) -> None:
+    world = World(tmp_path, max_texts=3)
+    with world.running(), world.http() as client:
+        world.engine.open.clear()
+        answers: list[httpx.Response] = []
+        threads = [threading.Thread(target=lambda: answers.append(world.complete(client))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(world.engine.requests) == 3)
+        for more in ({}, {"stream": True}):
+            answer = world.complete(client, **more)
+            assert answer.status_code == 429
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            assert error_of(answer)["type"] == "rate_limit_error"
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        loop_free(world)
+        for thread in threads:
+            thread.join()
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert world.complete(client, n=3).status_code == 200
+        assert world.complete(client, n=4).status_code == 400
+        # OpenAI's client comes back by itself
+        world.engine.open.clear()
+        waiting = [threading.Thread(target=lambda: world.complete(client)) for _ in range(3)]
+        for thread in waiting:
+            thread.start()
+        until(lambda: len(world.engine.requests) == 9)
+        threading.Timer(0.3, lambda: loop_free(world)).start()
+        with openai.OpenAI(base_url=f"{world.url}/v1", api_key="x", max_retries=4) as theirs:
+            assert theirs.completions.create(model=BASE, prompt="a").choices[0].text.startswith("- 2 ")
+        for thread in waiting:
+            thread.join()
+
+
+def loop_free(world: World) -> None:
+    loop = world.app.state.service._loop
+    loop.call_soon_threadsafe(world.engine.open.set)
+
+
+def test_limits_of_a_key() -> None:
+    now = [1000.0]
+    limits = Limits(10, clock=lambda: now[0])
+    key = Key(id="a", sha256="", tokens_per_minute=60, concurrency=2)
+    with limits.entered(key, 2, 10) as spend:
+        with (
+            pytest.raises(TooManyError, match="this key may have 2 texts under way; it has 2, and 1 more"),
+            limits.entered(key, 1, 1),
+        ):
+            pass
+        # another key has its own
+        with (
+            limits.entered(Key(id="b", sha256=""), 8, 10_000),
+            pytest.raises(TooManyError, match="expected at most 10 texts"),
+            limits.entered(Key(id="c", sha256=""), 1, 1),
+        ):
+            pass
+        spend(80)
+    assert limits.under_way == 0
+    with pytest.raises(TooManyError, match="60 tokens a minute") as caught, limits.entered(key, 1, 5):
+        pass
+    # 30 over, and 5 wanted: 35 s at one a second
+    assert (caught.value.retry_after, caught.value.what) == (35, "tokens")
+    now[0] += 34
+    with pytest.raises(TooManyError), limits.entered(key, 1, 5):
+        pass
+    now[0] += 1
+    with limits.entered(key, 1, 5):
+        pass
+    now[0] += 1000
+    # more than a minute's are let in when there is a whole minute's
+    with limits.entered(key, 1, 500):
+        pass
+    with pytest.raises(TooManyError) as caught, limits.entered(key, 1, 500):
+        pass
+    assert caught.value.retry_after == 60
+
+
+def test_limits_over_http(tmp_path: Path) -> None:
+    world = World(tmp_path, keys=True)
+    assert world.keys is not None
+    _, text = world.keys.add(tokens_per_minute=20)
+    with world.running(), world.http(text) as client:
+        assert world.complete(client, n=4).status_code == 200  # 4 tokens in, 12 out
+        assert world.complete(client, n=4).status_code == 200
+        answer = world.complete(client)
+        assert (answer.status_code, error_of(answer)["code"]) == (429, "tokens_limit_exceeded")
+        assert int(answer.headers["retry-after"]) > 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_who_hangs_up_frees_the_row(tmp_path: Path, stream: bool, held: bool) -> None:
+    world = World(tmp_path, script=lambda request: ["word "] * 10_000_000)
+    with world.running(), world.http() as client:
+        if held:
+            world.engine.open.clear()
+
+        async def ask_and_leave() -> None:
+            async with httpx.AsyncClient(base_url=world.url, timeout=30) as own:
+                body = {"model": BASE, "prompt": "abc", "n": 2, "stream": stream, "max_tokens": 100_000_000}
+                body["max_tokens"] = 120
+                if not held:
+                    world.engine.context = None
+                    body["max_tokens"] = 100_000_000
+                task = asyncio.create_task(own.post("/v1/completions", json=body))
+                while len(world.engine.requests) < 2:
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(0.05)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(ask_and_leave())
+        until(lambda: world.engine.figures().running == 0)
+        assert sorted(world.engine.closed) == sorted(request.id for request in world.engine.requests)
+        until(lambda: world.app.state.service.limits.under_way == 0)
+        loop_free(world)
+        world.engine.script = lambda request: ["done"]
+        assert world.complete(client).json()["choices"][0]["text"] == "done"
+        assert figures(client)["foreword_abandoned_total", ()] == 1
+
+
+def figures(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = client.get("/metrics").text
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_timeouts(tmp_path: Path, stream: bool) -> None:
+    world = World(tmp_path, timeout=0.2)
+    with world.running(), world.http() as client:
+        world.engine.open.clear()
+        answer = world.complete(client, stream=stream)
+        assert (answer.status_code, error_of(answer)["code"]) == (504, "timeout")
+        assert len(world.engine.closed) == 1
+
+
+def test_an_error_amid_a_stream(tmp_path: Path) -> None:
+    def script(request: Request) -> Sequence[str]:
+        if request.tokens[-1] % 2:
+            raise RuntimeError("out of memory, said the engine of Secret's text")
+        return ["fine"]
+
+    world = World(tmp_path, script=script, timeout=0.5)
+    with world.running(), world.http() as client:
+        for stream in (False, True):
+            answer = world.complete(client, prompt=[5], stream=stream)
+            assert (answer.status_code, error_of(answer)["message"]) == (500, "the server failed; its log says why")
+        assert world.complete(client, prompt=[4]).status_code == 200
+
+    class Stuck(FakeEngine):
+        async def generate(self, request: Request) -> Any:
+            async for piece in super().generate(request):
+                yield piece
+                self.open.clear()
+
+    world = World(tmp_path / "stuck", timeout=0.5)
+    world.app.state.service.engine = world.engine = Stuck()
+    world.app.state.service.catalog.engine = world.engine
+    with world.running(), world.http() as client:
+        answer = world.complete(client, stream=True)
+        assert answer.status_code == 200
+        *_, last = answer.text.strip().split("\n\n")
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        world.engine.open = asyncio.Event()
+        with openai.OpenAI(base_url=f"{world.url}/v1", api_key="x", max_retries=0) as theirs:
+            loop = world.app.state.service._loop
+            loop.call_soon_threadsafe(world.engine.open.set)
+            with pytest.raises(openai.APIError, match="longer than this server allows"):
+                list(theirs.completions.create(model=BASE, prompt="a", stream=True))
+
+
+def test_stopping_lets_texts_end(tmp_path: Path) -> None:
+    world = World(tmp_path, grace=20)
+    answers: list[httpx.Response] = []
+    with world.running(), world.http() as client, world.http() as other:
+        world.engine.open.clear()
+        threads = [
+            threading.Thread(target=lambda s=s: answers.append(world.complete(client, stream=s))) for s in (False, True)
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(world.engine.requests) == 2)
+        world.app.state.service.stop_soon()
+        until(lambda: other.get("/ready").status_code == 503)
+        assert other.get("/health").status_code == 200
+        answer = world.complete(other)
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "stopping")
+        loop_free(world)
+        for thread in threads:
+            thread.join()
+    assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_stopping_cuts_off_what_takes_too_long(tmp_path: Path) -> None:
+    world = World(tmp_path, grace=0.1)
+    answers: list[httpx.Response] = []
+    with world.running(), world.http() as client:
+        world.engine.open.clear()
+        thread = threading.Thread(target=lambda: answers.append(world.complete(client)))
+        thread.start()
+        until(lambda: len(world.engine.requests) == 1)
+        world.app.state.service.stop_soon()
+        thread.join(20)
+        assert (answers[0].status_code, error_of(answers[0])["code"]) == (503, "stopping")
+
+
+# figures and logs
+
+
+def test_metrics(world: World) -> None:
+    world.put("a", "b")
+    with world.http() as client:
+        for model in ("a", "a", BASE, "nobody"):
+            world.complete(client, model, n=2)
+        client.get("/nowhere/" + "x" * 50)
+        client.get("/v1/models/" + "y" * 50)
+        told = figures(client)
+        route = ("route", "/v1/completions")
+        assert told["foreword_requests_total", (route, ("status", "200"))] == 3
+        assert told["foreword_requests_total", (route, ("status", "404"))] == 1
+        assert told["foreword_requests_total", (("route", "none"), ("status", "404"))] == 1
+        assert told["foreword_requests_total", (("route", "/v1/models/{model:path}"), ("status", "404"))] == 1
+        assert told["foreword_request_seconds_count", (route,)] == 4
+        assert told["foreword_output_tokens_total", ()] == 3 * 2 * 3
+        assert told["foreword_input_tokens_total", ()] == 5 + 5 + 4
+        assert told["foreword_time_to_first_token_seconds_count", ()] == 6
+        assert told["foreword_texts_under_way", ()] == 0
+        for name in ("running", "waiting", "resident_prefixes", "resident_bytes", "resident_budget_bytes"):
+            assert told[f"foreword_engine_{name}", ()] == 0
+        for name in ("prefix_hits", "prefix_loads", "prefix_evictions"):
+            assert told[f"foreword_engine_{name}_total", ()] == 0
+        # nothing that a client chooses is a label
+        assert not re.search("xxx|yyy|nobody", client.get("/metrics").text)
+
+
+def test_logs(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    world.put("a")
+    with world.http() as client:
+        answer = world.complete(client, "a", prompt="private words")
+        id = answer.headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", id)
+        for given, kept in [("abc-1", True), ("a" * 65, False), ('a"b', False)]:
+            answer = client.get("/v1/models", headers={"x-request-id": given})
+            assert (answer.headers["x-request-id"] == given) is kept
+    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records if hasattr(record, "facts")]
+    assert [line["route"] for line in lines] == ["/v1/completions", *["/v1/models"] * 3]
+    first = lines[0]
+    assert (first["request"], first["method"], first["status"], first["message"]) == (id, "POST", 200, "request")
+    assert first["seconds"] > 0
+    assert first["model"] == "a"
+    assert first["version"] == world.store.newest("a").sha256[:12]
+    assert "private" not in caplog.text
+
+
+def test_an_exception_s_message_is_not_logged() -> None:
+    try:
+        raise ValueError("somebody's text")
+    except ValueError:
+        record = logging.getLogger("foreword").makeRecord(
+            "foreword", 40, "f", 1, "it failed", (), __import__("sys").exc_info()
+        )
+    line = json.loads(JsonFormatter().format(record))
+    assert line["exception"] == "ValueError"
+    assert "test_serve_http" in line["at"][-1]
+    assert "somebody" not in json.dumps(line)
+
+
+def test_large_requests_are_not_read(world: World) -> None:
+    with world.http() as client:
+        answer = client.post(
+            "/v1/completions", content=b" " * ((16 << 20) + 1), headers={"content-type": "application/json"}
+        )
+        assert answer.status_code == 413
+        for content in (b"", b"{", b"[]", b'"x"', b"\xff", b'{"model": 3}', b"1" * 5000, b"[" * 100_000):
+            answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+            assert answer.status_code == 400, content[:20]
+            error_of(answer)
+        for path in ("/", "/v1", "/v1/embeddings", "/v1/completions/x"):
+            assert error_of(client.get(path))["type"] == "invalid_request_error"
+        assert client.get("/v1/completions").status_code == 405
+
+
+def test_an_engine_that_died(world: World) -> None:
+    with world.http() as client:
+        world.engine.problem = lambda: "the engine's thread has ended"  # type: ignore[method-assign]
+        for path in ("/health", "/ready"):
+            answer = client.get(path)
+            assert (answer.status_code, answer.json()) == (503, {"status": "the engine's thread has ended"})
+
+
+def test_a_folder_s_path_is_not_told(tmp_path: Path) -> None:
+    base = make_base("llama")
+    folder = tmp_path / "my-base"
+    folder.mkdir()
+    base = foreword.Base(base.model, base.tokenizer, str(folder))
+    app = create_app(base, Store(tmp_path / "store", create=True), engine=FakeEngine())
+    with served(app) as url:
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "my-base"

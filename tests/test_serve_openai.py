@@ -1,0 +1,374 @@
+"""The server as OpenAI's own client sees it, over a socket: the engine local beneath, each answer what it is alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from serving import chat_base, copy_of, make_base, prefix_for, served
+
+from foreword.bases import Base
+from foreword.data import frame
+from foreword.generation import GenerateSettings, generate
+from foreword.prefix import Framing, Prefix
+from foreword.serve.http import create_app
+from foreword.serve.local import LocalEngine
+from foreword.store import Store
+
+BASE = "tiny-llama"
+NAMES = ("plain", "Zoë / 7", "told", "chatty")
+LIMIT = 11
+
+
+class World:
+    """A running server, and what its answers have to be."""
+
+    def __init__(self, folder: Path):
+        self.base = chat_base()
+        self.prefixes = {
+            "plain": prefix_for(self.base, 5),
+            "Zoë / 7": self.talkative("Say {input}="),
+            "told": prefix_for(self.base, 4, template="{name}: {input} ({price})"),
+            "chatty": prefix_for(self.base, 6, chat=True),
+        }
+        self.store = Store(folder / "store", create=True)
+        for name, prefix in self.prefixes.items():
+            self.store.put(name, prefix, dtype=torch.float32)
+        self.url = ""
+
+    def talkative(self, template: str) -> Prefix:
+        """A prefix with which the base does not end its text at once."""
+        prefixes = (prefix_for(self.base, 3, seed=seed, template=template) for seed in range(99))
+        return next(prefix for prefix in prefixes if generate(self.base, ["some text"], [prefix])[0])
+
+    def alone(self, x: Any, name: str, *, framing: Framing | None = None, **settings: Any) -> str:
+        prefix = self.prefixes.get(name)
+        framing = framing or (Framing(template="{input}") if prefix is None else None)
+        settings.setdefault("max_new_tokens", LIMIT)
+        return generate(self.base, [x], [prefix], settings=GenerateSettings(**settings), framing=framing)[0]
+
+    def tokens(self, text: str, framing: Framing) -> int:
+        return len(frame(self.base, {"input": text}, framing))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("openai"))
+    copied = copy_of(world.base)
+    app = create_app(copied, world.store, engine=LocalEngine(copied, world.store, max_rows=5))
+    with served(app) as url:
+        world.url = url
+        yield world
+
+
+@pytest.fixture
+def client(world: World) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@asynccontextmanager
+async def asynchronous(world: World) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{world.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    models = client.models.list().data
+    assert [model.id for model in models] == [BASE, *sorted(NAMES)]
+    assert {model.object for model in models} == {"model"}
+    for name in (BASE, *NAMES):
+        assert client.models.retrieve(name).id == name
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("nobody")
+    assert caught.value.code == "model_not_found"
+
+
+@pytest.mark.parametrize("name", [BASE, "plain", "Zoë / 7"])
+def test_completions(world: World, client: openai.OpenAI, name: str) -> None:
+    prompt = "some text"
+    answer = client.completions.create(model=name, prompt=prompt, max_tokens=LIMIT, temperature=0)
+    (choice,) = answer.choices
+    expected = world.alone(prompt, name)
+    assert choice.text == expected
+    assert expected
+    assert answer.model == name
+    assert answer.object == "text_completion"
+    assert choice.finish_reason in ("stop", "length")
+    assert choice.logprobs is None
+    assert answer.usage is not None
+    framing = Framing(template="{input}") if name == BASE else world.prefixes[name].card.framing
+    # virtual tokens are not counted
+    assert answer.usage.prompt_tokens == world.tokens(prompt, framing)
+    assert 0 < answer.usage.completion_tokens <= LIMIT
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+    stream = client.completions.create(
+        model=name,
+        prompt=prompt,
+        max_tokens=LIMIT,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == expected
+    assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == [choice.finish_reason]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == answer.usage
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_several_prompts_and_n(world: World, client: openai.OpenAI) -> None:
+    prompts = ["a", "some longer text", "bc"]
+    how: dict[str, Any] = {
+        "model": "plain",
+        "prompt": prompts,
+        "n": 2,
+        "temperature": 1.0,
+        "seed": 7,
+        "max_tokens": LIMIT,
+    }
+    answer = client.completions.create(**how)
+    assert [choice.index for choice in answer.choices] == list(range(6))
+    for i, choice in enumerate(answer.choices):
+        assert choice.text == world.alone(prompts[i // 2], "plain", temperature=1.0, seed=7 + i)
+    assert len({choice.text for choice in answer.choices}) > 4
+    texts = [""] * 6
+    for chunk in client.completions.create(**how, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in answer.choices]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == sum(world.tokens(prompt, Framing()) for prompt in prompts)
+    plain = client.completions.create(**{**how, "seed": None})
+    again = client.completions.create(**{**how, "seed": None})
+    assert [choice.text for choice in plain.choices] != [choice.text for choice in again.choices]
+
+
+def test_framing(world: World, client: openai.OpenAI) -> None:
+    def ask(prompt: Any, name: str, **more: Any) -> str:
+        answer = client.completions.create(model=name, prompt=prompt, max_tokens=LIMIT, temperature=0, extra_body=more)
+        return answer.choices[0].text
+
+    raw = Framing(template="{input}")
+    text = "x y"
+    assert ask(text, "Zoë / 7", frame=False) == world.alone(text, "Zoë / 7", framing=raw)
+    assert ask(text, "Zoë / 7", frame=False) != ask(text, "Zoë / 7")
+    ids = frame(world.base, {"input": text}, raw)
+    assert ask(ids, "Zoë / 7") == world.alone(text, "Zoë / 7", framing=raw)
+    assert ask([ids, ids], "plain") == world.alone(text, "plain", framing=raw)
+    record = {"name": "Fox", "price": 12}
+    assert ask(text, "told", record=record) == world.alone({"input": text, **record}, "told")
+    assert ask(text, "chatty") == world.alone(text, "chatty")
+    for more, message in [
+        ({}, "expected text in the column 'name'"),
+        ({"record": {"name": "Fox"}}, "expected text in the column 'price'"),
+        ({"record": record, "frame": False}, "expected a record only where a prefix's template frames it"),
+    ]:
+        with pytest.raises(openai.BadRequestError, match=message):
+            ask(text, "told", **more)
+    with pytest.raises(openai.BadRequestError, match="expected token ids below 263; got 263"):
+        ask([5, 263], "plain")
+
+
+def test_stop(world: World, client: openai.OpenAI) -> None:
+    whole = next(
+        (prompt, text)
+        for prompt in map(str, range(100))
+        if len(text := world.alone(prompt, "plain", max_new_tokens=30)) > 8 and "\ufffd" not in text[:6]
+    )
+    prompt, text = whole
+    for stop in (text[3:5], ["never", text[4]]):
+        stops = [stop] if isinstance(stop, str) else stop
+        expected = world.alone(prompt, "plain", max_new_tokens=30, stop=stops)
+        assert len(expected) < len(text)
+        how: dict[str, Any] = {"model": "plain", "prompt": prompt, "max_tokens": 30, "temperature": 0, "stop": stop}
+        (choice,) = client.completions.create(**how).choices
+        assert (choice.text, choice.finish_reason) == (expected, "stop")
+        pieces = [choice.text for chunk in client.completions.create(**how, stream=True) for choice in chunk.choices]
+        assert "".join(pieces) == expected
+
+
+def test_logprobs(world: World, client: openai.OpenAI) -> None:
+    how: dict[str, Any] = {"model": "plain", "prompt": "abc", "max_tokens": LIMIT, "temperature": 0}
+    answer = client.completions.create(**how, logprobs=3)
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert answer.usage is not None
+    assert told.tokens is not None
+    assert told.token_logprobs is not None
+    assert told.top_logprobs is not None
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == answer.usage.completion_tokens
+    for word, value, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+        # greedy: the token is the likeliest
+        assert value == max(top.values()) == top[word]
+        assert 1 <= len(top) <= 3
+    streamed = [
+        choice.logprobs.token_logprobs
+        for chunk in client.completions.create(**how, logprobs=3, stream=True)
+        for choice in chunk.choices
+        if choice.logprobs
+    ]
+    assert [value for values in streamed for value in values or []] == pytest.approx(told.token_logprobs, abs=1e-5)
+    chat = client.chat.completions.create(
+        model="chatty",
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=LIMIT,
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
+    )
+    content = chat.choices[0].logprobs
+    assert content is not None
+    assert content.content
+    for one in content.content:
+        assert len(one.top_logprobs) == 2
+        assert one.logprob == one.top_logprobs[0].logprob > one.top_logprobs[1].logprob
+        assert one.bytes is None or bytes(one.bytes).decode() == one.token
+
+
+MESSAGES: list[Any] = [
+    {"role": "developer", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]},
+]
+FLAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
+
+
+@pytest.mark.parametrize("name", [BASE, "chatty"])
+def test_chat(world: World, client: openai.OpenAI, name: str) -> None:
+    framing = Framing(chat=True)
+    expected = world.alone({"messages": FLAT}, name, framing=framing)
+    how: dict[str, Any] = {"model": name, "messages": MESSAGES, "temperature": 0}
+    answer = client.chat.completions.create(**how, max_completion_tokens=LIMIT)
+    (choice,) = answer.choices
+    assert (choice.message.content, choice.message.role) == (expected, "assistant")
+    assert answer.object == "chat.completion"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(frame(world.base, {"messages": FLAT}, framing))
+    chunks = list(
+        client.chat.completions.create(
+            **how, max_tokens=LIMIT, stream=True, n=2, stream_options={"include_usage": True}
+        )
+    )
+    texts = {0: "", 1: ""}
+    roles: dict[int, list[str]] = {0: [], 1: []}
+    for chunk in chunks:
+        for one in chunk.choices:
+            texts[one.index] += one.delta.content or ""
+            roles[one.index] += [one.delta.role] if one.delta.role else []
+    assert texts == {0: expected, 1: expected}
+    assert roles == {0: ["assistant"], 1: ["assistant"]}
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 2 * answer.usage.completion_tokens
+    # without a limit, the context ends it
+    long = client.chat.completions.create(**how)
+    assert long.choices[0].message.content == world.alone({"messages": FLAT}, name, framing=framing, max_new_tokens=200)
+
+
+def test_chat_is_refused(world: World, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="'plain' was not trained on chats") as caught:
+        client.chat.completions.create(model="plain", messages=MESSAGES)
+    assert caught.value.code == "not_a_chat_model"
+    with pytest.raises(openai.BadRequestError, match="expected the last message to be the user's"):
+        client.chat.completions.create(model="chatty", messages=[*MESSAGES, {"role": "assistant", "content": "x"}])
+    with pytest.raises(openai.BadRequestError, match="expected logprobs to be true"):
+        client.chat.completions.create(model="chatty", messages=MESSAGES, top_logprobs=2)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"model": "nobody"}, "no model 'nobody'"),
+        ({"model": "a\nb"}, "no model"),
+        ({"temperature": -1}, "temperature: "),
+        ({"n": 0}, "n: "),
+        ({"n": 128, "prompt": ["a", "b", "c"]}, "expected at most 256 texts of one request; got 384"),
+        ({"prompt": ""}, ""),
+        ({"prompt": []}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"max_tokens": 1000}, "expected at most 118 for max_tokens, which the context of 131 leaves after 8 tokens of input and 5"),
+        ({"prompt": "x" * 127, "max_tokens": 1}, "expected at most 131 positions"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"presence_penalty": 0.5}, "presence_penalty: "),
+        ({"echo": True}, "echo: "),
+        ({"best_of": 3}, "expected best_of to be the same as n"),
+        ({"prompt": "\ud800"}, ""),
+        ({"extra_body": {"guided": 1}}, "guided: "),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests(client: openai.OpenAI, body: dict[str, Any], message: str, stream: bool) -> None:
+    how = {"model": "plain", "prompt": "abcdef", "max_tokens": 5, **body, "stream": stream}
+    if body == {"prompt": ""}:
+        # the prefix's template adds a line break to it
+        client.completions.create(**how)
+        return
+    with pytest.raises((openai.BadRequestError, openai.NotFoundError, UnicodeEncodeError)) as caught:
+        client.completions.create(**how)
+    if isinstance(caught.value, openai.APIStatusError):
+        error = caught.value.body
+        assert isinstance(error, dict)
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["message"].startswith(message)
+        assert "\n" not in error["message"]
+        assert caught.value.status_code == (404 if message.startswith("no model") else 400)
+
+
+def test_many_at_once_asynchronously(world: World) -> None:
+    names = (BASE, "plain", "Zoë / 7")
+
+    async def run() -> list[tuple[str, str, str]]:
+        async with asynchronous(world) as client:
+
+            async def ask(i: int) -> tuple[str, str, str]:
+                name, prompt = names[i % 3], "xy" * (1 + i % 5)
+                await asyncio.sleep(i % 7 / 100)
+                if i % 2:
+                    answer = await client.completions.create(model=name, prompt=prompt, max_tokens=LIMIT, temperature=0)
+                    return name, prompt, answer.choices[0].text
+                text = ""
+                stream = await client.completions.create(
+                    model=name, prompt=prompt, max_tokens=LIMIT, temperature=0, stream=True
+                )
+                async for chunk in stream:
+                    text += "".join(choice.text for choice in chunk.choices)
+                return name, prompt, text
+
+            return await asyncio.gather(*(ask(i) for i in range(30)))
+
+    for name, prompt, text in asyncio.run(run()):
+        assert text == world.alone(prompt, name)
+
+
+def test_asynchronous_chat(world: World) -> None:
+    async def run() -> tuple[str | None, str]:
+        async with asynchronous(world) as client:
+            how: dict[str, Any] = {"model": "chatty", "messages": MESSAGES, "max_tokens": LIMIT, "temperature": 0}
+            whole = await client.chat.completions.create(**how)
+            text = ""
+            async for chunk in await client.chat.completions.create(**how, stream=True):
+                text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            return whole.choices[0].message.content, text
+
+    expected = world.alone({"messages": FLAT}, "chatty", framing=Framing(chat=True))
+    assert asyncio.run(run()) == (expected, expected)
+
+
+def test_a_base_without_a_chat_template(tmp_path: Path) -> None:
+    base: Base = make_base("gpt2")
+    store = Store(tmp_path / "store", create=True)
+    app = create_app(base, store, engine=LocalEngine(base, store), base_name="theirs")
+    with served(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list().data] == ["theirs"]
+        with pytest.raises(openai.BadRequestError, match="has no chat template"):
+            client.chat.completions.create(model="theirs", messages=MESSAGES)
+        assert client.completions.create(model="theirs", prompt="a", max_tokens=3).choices[0].text is not None

@@ -1,0 +1,97 @@
+"""The engine `vllm` on two ranks, on another family, at its end, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: make setup-vllm, then make test-vllm")
+
+from serving import make_base
+from vllm_harness import LENGTHS, TEXTS, Row, harness, save_base
+
+from foreword.bases import load_base
+from foreword.errors import BaseLoadError, SettingsError
+from foreword.serve.engine import EngineStoppedError
+from foreword.serve.vllm import VllmEngine, base_for_vllm
+from foreword.store import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+
+ROWS: list[Row] = [(text, name) for text in TEXTS for name in (None, *LENGTHS)]
+
+
+def test_each_rank_has_its_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with harness(tmp_path, ranks=2, options={"num_gpu_blocks_override": 64}) as two:
+        two.check(ROWS)
+        two.check(ROWS)
+        five = two.versions["five"]
+        assert five is not None
+        # a failure is told by every rank, and ends none
+        assert two.ask(two.frame("x"), five)[1] == "error"
+        two.check(ROWS[:5])
+
+
+def test_gpt2_and_the_engines_end(tmp_path: Path) -> None:
+    with harness(tmp_path, "gpt2", ends=(258, *range(0, 256, 9))) as one:
+        one.check(ROWS, distinct=0.7)
+        pieces = one.run(one.pieces(one.request(TEXTS[0], "five", 200)))
+        ended = [token for piece in pieces for token in piece.tokens]
+        assert ended[-1] in (258, *range(0, 256, 9))
+        assert pieces[-1].finish == "stop"
+
+        async def work() -> None:
+            running = [
+                asyncio.create_task(one.text(one.request(TEXTS[0], name, 300, stop=("~~",)))) for name in LENGTHS
+            ]
+            quick = asyncio.create_task(one.text(one.request(TEXTS[0], None, 1)))
+            await quick
+            stopping = asyncio.create_task(one.engine.stop(0))
+            await asyncio.sleep(0)
+            with pytest.raises(EngineStoppedError, match="the engine is not running"):
+                await one.text(one.request("a", None))
+            results = await asyncio.gather(*running, return_exceptions=True)
+            assert all(isinstance(result, str | EngineStoppedError) for result in results)
+            assert any(isinstance(result, EngineStoppedError) for result in results)
+            await stopping
+            await one.engine.stop(0)
+
+        one.run(work())
+
+
+def test_a_base_without_its_weights(tmp_path: Path) -> None:
+    name = save_base(tmp_path / "base")
+    light, whole = base_for_vllm(name), load_base(name)
+    assert light.model.device.type == "meta"
+    assert (light.fingerprint, light.shapes, light.context) == (whole.fingerprint, whole.shapes, whole.context)
+    with pytest.raises(BaseLoadError, match="no model at"):
+        base_for_vllm(str(tmp_path / "none"))
+
+
+def test_bases_and_stores_that_vllm_cannot_serve(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", create=True)
+    with pytest.raises(
+        SettingsError, match="vLLM serves decoder-only bases; 'tiny-bart' has an encoder: use the local"
+    ):
+        VllmEngine(make_base("bart"), store)
+    base = load_base(save_base(tmp_path / "base"))
+    with pytest.raises(SettingsError, match="vLLM's processes cannot see the store memory://x: use a folder"):
+        VllmEngine(base, Store("memory://x", create=True))
+
+    def start(**options: object) -> None:
+        asyncio.run(VllmEngine(base, store, options=options).start())
+
+    with pytest.raises(SettingsError, match="vLLM does not start with these options: .*no_such"):
+        start(no_such=1)
+    with pytest.raises(SettingsError, match="expected other options for vLLM; model are set by foreword"):
+        start(model="x")
+
+
+def test_a_short_window_is_refused_by_name(tmp_path: Path) -> None:
+    name = save_base(tmp_path / "base", "mistral", sliding_window=97)
+    engine = VllmEngine(load_base(name), Store(tmp_path / "store", create=True))
+    with pytest.raises(SettingsError, match=r"window that covers the context of 389; that of '.*base' is 97: set max_"):
+        asyncio.run(engine.start())

@@ -1,0 +1,211 @@
+"""What the tests of vLLM share: tiny random bases in sizes that it computes on a CPU, and an engine beside a reference."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tiny import BOS, EOS, PAD, VOCAB, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from foreword.attach import attach
+from foreword.bases import Base, load_base
+from foreword.data import frame
+from foreword.generation import GenerateSettings, generate
+from foreword.prefix import Card, Framing, Prefix
+from foreword.serve.engine import Piece, Request, Sampling
+from foreword.serve.placeholders import kv_transfer_params, placeholder_ids
+from foreword.serve.vllm import VllmEngine, base_for_vllm
+from foreword.store import Store, Version
+
+T = TypeVar("T")
+Row = tuple[str, str | None]
+"""A text, and the name of its prefix."""
+
+BLOCK = 32
+LENGTHS = {"one": 1, "five": 5, "thirteen": 13, "two blocks": 64, "ninety-seven": 97, "131": 131}
+TEXTS = (
+    "the quick brown fox",
+    "a",
+    "Moss Lantern, 8 euros. " * 7,  # longer than a step, which takes 64 tokens
+    "name: Amber Kite | kind: desk lamp",
+)
+
+CONTEXT = 389
+_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "vocab_size": VOCAB}
+# heads of 32, the least of vLLM's on a CPU; even numbers of them, for two ranks
+_GROUPED = {
+    "hidden_size": 4 * 32,
+    "intermediate_size": 74,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": CONTEXT,
+    **_IDS,
+}
+
+
+def save_base(folder: Path, family: str = "llama", *, ends: Sequence[int] = (EOS,), **config: object) -> str:
+    """Save a random base whose attention is far from uniform; returns its name."""
+    torch.manual_seed(0)
+    if family == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**{**_GROUPED, **config}))
+    elif family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**{**_GROUPED, **config}))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(n_embd=3 * 32, n_layer=2, n_head=3, n_positions=CONTEXT, **_IDS))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+    model.generation_config.eos_token_id = list(ends)
+    model.save_pretrained(folder)
+    tiny_tokenizer(family).save_pretrained(folder)
+    return str(folder)
+
+
+def prefix_for(base: Base, length: int, *, seed: int = 0) -> Prefix:
+    """A random prefix that the base surely feels, in float32."""
+    generator = torch.Generator().manual_seed(1000 * length + seed)
+    layers = [
+        (torch.randn(groups, length, dim, generator=generator), torch.randn(groups, length, dim, generator=generator))
+        for groups, dim in base.shapes["decoder"]
+    ]
+    return Prefix({"decoder": layers}, Card(base=base.name, fingerprint=base.fingerprint))
+
+
+class Harness:
+    """An engine, what it serves, and a slow reference beside it."""
+
+    def __init__(self, folder: Path, family: str = "llama", *, ends: Sequence[int] = (EOS,), **more: Any):
+        name = save_base(folder / "base", family, ends=ends)
+        self.folder = folder
+        self.base = load_base(name, dtype="float32", device="cpu")
+        self.store = Store(folder / "store", create=True)
+        self.prefixes: dict[str | None, Prefix | None] = {None: None}
+        self.versions: dict[str | None, Version | None] = {None: None}
+        for label, length in LENGTHS.items():
+            self.put(label, prefix_for(self.base, length))
+        self.loop = asyncio.Runner()
+        options = {
+            "enforce_eager": True,
+            "block_size": BLOCK,
+            "kv_cache_memory_bytes": 1 << 26,
+            **more.pop("options", {}),
+        }
+        self.engine = VllmEngine(base_for_vllm(name, dtype="float32"), self.store, options=options, **more)
+        self.run(self.engine.start())
+
+    def put(self, name: str, prefix: Prefix) -> Version:
+        self.prefixes[name] = prefix
+        version = self.versions[name] = self.store.put(name, prefix, dtype=torch.float32)
+        return version
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run(work)
+
+    def frame(self, text: str) -> tuple[int, ...]:
+        return tuple(frame(self.base, {"input": text}, Framing(), "x"))
+
+    def request(self, text: str, name: str | None, max_tokens: int = 23, **sampling: Any) -> Request:
+        return Request(
+            id=uuid.uuid4().hex,
+            tokens=self.frame(text),
+            prefix=self.versions[name],
+            sampling=Sampling(max_tokens=max_tokens, **sampling),
+        )
+
+    async def pieces(self, request: Request) -> list[Piece]:
+        async with aclosing(self.engine.generate(request)) as pieces:
+            return [piece async for piece in pieces]
+
+    async def text(self, request: Request) -> str:
+        pieces = await self.pieces(request)
+        assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert pieces[-1].finish in ("stop", "length")
+        return "".join(piece.text for piece in pieces)
+
+    def texts(self, rows: Sequence[Row], max_tokens: int = 23) -> list[str]:
+        """All at once."""
+
+        async def work() -> list[str]:
+            return await asyncio.gather(*(self.text(self.request(*row, max_tokens)) for row in rows))
+
+        return self.run(work())
+
+    def expected(self, rows: Sequence[Row], max_tokens: int = 23) -> list[str]:
+        settings = GenerateSettings(max_new_tokens=max_tokens)
+        return generate(
+            self.base, [text for text, _ in rows], [self.prefixes[name] for _, name in rows], settings=settings
+        )
+
+    def check(self, rows: Sequence[Row], max_tokens: int = 23, *, distinct: float = 1) -> None:
+        """The engine's texts are the reference's, of which that share at least are unlike all others."""
+        expected = self.expected(rows, max_tokens)
+        # or a prefix that is not there at all would pass
+        assert len(set(expected)) >= distinct * len(set(rows))
+        assert self.texts(rows, max_tokens) == expected
+
+    def ask(
+        self, tokens: Sequence[int], version: Version | None, *, salt: str | None = None, **params: Any
+    ) -> tuple[list[int], str, int]:
+        """As a client of `vllm serve` does, past the engine's own checks. Tokens, why they ended, how many were cached."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        prompt: dict[str, Any] = {"prompt_token_ids": list(tokens)}
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        extra = {"kv_transfer_params": kv_transfer_params(version)} if version else {}
+        sampling: dict[str, Any] = {"max_tokens": 11, "temperature": 0, "extra_args": extra, **params}
+        sampling = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+
+        async def work() -> Any:
+            llm = self.engine._llm
+            assert llm is not None
+            async for output in llm.generate(prompt, sampling, uuid.uuid4().hex):
+                last = output
+            return last
+
+        last = self.run(work())
+        return list(last.outputs[0].token_ids), last.outputs[0].finish_reason, last.num_cached_tokens or 0
+
+    def prompt(self, text: str, name: str) -> list[int]:
+        version = self.versions[name]
+        assert version is not None
+        return [*placeholder_ids(version.sha256, LENGTHS[name], self.base.model.config.vocab_size), *self.frame(text)]
+
+    def tokens(self, text: str, name: str | None, max_tokens: int = 11) -> list[int]:
+        """What the reference continues with; tokens are bytes, so a text tells them where nothing is special."""
+        x = torch.tensor([self.frame(text)])
+
+        def run() -> list[int]:
+            output = self.base.model.generate(
+                x, attention_mask=torch.ones_like(x), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+            )
+            return output[0, x.shape[1] :].tolist()
+
+        prefix = self.prefixes[name]
+        if prefix is None:
+            return run()
+        with attach(self.base.model, prefix):
+            return run()
+
+    def close(self) -> None:
+        self.run(self.engine.stop(0))
+        self.loop.close()
+
+
+@contextmanager
+def harness(folder: Path, family: str = "llama", **more: Any) -> Iterator[Harness]:
+    one = Harness(folder, family, **more)
+    try:
+        yield one
+    finally:
+        one.close()
