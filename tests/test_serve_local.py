@@ -17,14 +17,14 @@ from tiny import CONTEXT
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import frame
-from foreword.errors import PrefixFileError, SettingsError, TooLongError, WrongBaseError
+from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, TooLongError, WrongBaseError
 from foreword.generation import GenerateSettings, generate
 from foreword.prefix import Card, Framing, Prefix
 from foreword.serve.engine import EngineStoppedError, Piece, Request, Sampling
 from foreword.serve.local import LocalEngine, _bytes_a_token
 from foreword.serve.runner import Runner
 from foreword.serve.text import TextSoFar
-from foreword.store import NoSuchPrefixError, Store, Version
+from foreword.store import Store, Version
 
 FAMILIES = ("llama", "gpt2", "bart")
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from foreword.errors import PrefixFileError, SettingsError
+from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError
 from foreword.prefix import Card, Prefix
 from foreword.serve.engine import EngineStoppedError
 from foreword.serve.residents import Residents
-from foreword.store import NoSuchPrefixError, Store, Version
+from foreword.store import Store, Version
 
 BYTES = 2 * 2 * 3 * 5 * 7 * 4
 """Of one prefix of length 5: two layers of keys and values [3, 5, 7] in float32."""

@@ -19,10 +19,10 @@ pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: ma
 from vllm_harness import BLOCK, CONTEXT, LENGTHS, TEXTS, Harness, Row, harness, prefix_for
 
 from foreword.attach import attach
-from foreword.errors import PrefixFileError, TooLongError, WrongBaseError
+from foreword.errors import NoSuchPrefixError, PrefixFileError, TooLongError, WrongBaseError
 from foreword.prefix import Card, Prefix
 from foreword.serve.placeholders import cache_salt, placeholder_ids
-from foreword.store import NoSuchPrefixError, Version
+from foreword.store import Version
 
 # vLLM starts processes that are killed at the end, and warns of much at import
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.filterwarnings("default")]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from foreword.errors import SettingsError
+from foreword.errors import SettingsError, StoreError
 from foreword.serve.placeholders import (
     cache_salt,
     completion_fields,
@@ -18,7 +18,7 @@ from foreword.serve.placeholders import (
     parse_kv_transfer_params,
     placeholder_ids,
 )
-from foreword.store import StoreError, Version
+from foreword.store import Version
 
 SHA = hashlib.sha256(b"a").hexdigest()
 OTHER = hashlib.sha256(b"b").hexdigest()

@@ -286,19 +286,19 @@ class Attachment:
         places = torch.arange(self._cached, self._cached + length, device=device)
         return places >= self.infix.to(device).repeat_interleave(batch // len(self.infix))[:, None]
 
-    def states_at(self, y_positions: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def states_at(self, y_positions: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Run the base, and return what its logits would be computed from, at these positions alone.
 
         Args:
             y_positions: [B, T] of bool.
-            inputs: keyword arguments of the model's forward.
+            inputs: keyword arguments of the model's forward; there is no cache but by `use_cache` among them.
 
         Returns:
             [number of positions, hidden size], row by row; see `logits`.
         """
         self._y_positions = y_positions
         try:
-            self.model(**inputs, use_cache=False)
+            self.model(**{"use_cache": False, **inputs})
             assert self._states is not None
             return self._states
         finally:

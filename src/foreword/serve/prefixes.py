@@ -12,14 +12,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from foreword.data import fields_of
-from foreword.errors import PrefixFileError
+from foreword.errors import NoSuchPrefixError, PrefixFileError
 from foreword.prefix import Prefix
 from foreword.serve import schemas
 from foreword.serve.access import Key
 from foreword.serve.problems import Problem, no_such_model
 from foreword.serve.residents import size_of
 from foreword.serve.service import Admin, Asking, Service
-from foreword.store import NoSuchPrefixError, Store, Version, check_name
+from foreword.store import Store, Version, check_name
 
 __all__ = ["router"]
 

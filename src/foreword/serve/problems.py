@@ -11,10 +11,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from foreword.errors import ForewordError, PrefixFileError, TooLongError, WrongBaseError
+from foreword.errors import ForewordError, NoSuchPrefixError, PrefixFileError, TooLongError, WrongBaseError
 from foreword.serve.engine import EngineStoppedError
 from foreword.serve.limits import TooManyError
-from foreword.store import NoSuchPrefixError
 
 __all__ = ["HungUpError", "Problem", "no_such_model", "problem_of"]
 

@@ -151,20 +151,14 @@ class Runner:
         prefill.done += columns
         last = prefill.columns == 0
         tokens = prefill.tokens[:, place]
-        # the head, which is as much work as several layers, runs for each row's next token alone
-        self._attachment.y_positions = torch.zeros(tokens.shape, dtype=torch.bool, device=self.base.device)
-        self._attachment.y_positions[:, -1] = last
-        try:
-            logits = self._run(
-                prefill.rows,
-                tokens,
-                prefill.mask[:, : prefill.done],
-                prefill.positions[:, place],
-                prefill.cache,
-                prefill.x,
-            )
-        finally:
-            self._attachment.y_positions = None
+        states = self._run(
+            prefill.rows,
+            tokens,
+            prefill.mask[:, : prefill.done],
+            prefill.positions[:, place],
+            prefill.cache,
+            prefill.x,
+        )
         if not last:
             return None
         own = prefill.cache.self_attention_cache if self._cross else prefill.cache
@@ -177,7 +171,7 @@ class Runner:
                 ]
                 self._cross.join(own_x, [len(row.x)])
         self.rows += prefill.rows
-        return logits[0]
+        return self._attachment.logits(states)
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
@@ -188,9 +182,9 @@ class Runner:
         cache: Any = self._cache
         if self._cross:
             cache = EncoderDecoderCache(self._cache, self._cross)
-        logits = self._run(self.rows, tokens, self._cache.mask(1), positions, cache, None)
+        states = self._run(self.rows, tokens, self._cache.mask(1), positions, cache, None)
         self._cache.advance()
-        return logits[:, 0]
+        return self._attachment.logits(states)
 
     def _run(
         self,
@@ -201,6 +195,7 @@ class Runner:
         cache: Any,
         x: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
+        """The hidden states of each row's last token, [b, W]: the head, as much work as several layers, runs for no other."""
         device = self.base.device
         self._attachment.rows = torch.tensor([self._slots.slot(row.key) for row in rows])
         inputs: dict[str, Any]
@@ -218,8 +213,9 @@ class Runner:
         inputs = {
             name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }
-        logits: torch.Tensor = self.base.model(**inputs, past_key_values=cache, use_cache=True).logits
-        return logits
+        ends = torch.zeros(tokens.shape, dtype=torch.bool, device=device)
+        ends[:, -1] = True
+        return self._attachment.states_at(ends, {**inputs, "past_key_values": cache, "use_cache": True})
 
     def leave(self, row: Row) -> None:
         """Let a row go, which has joined."""

@@ -17,7 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request as HttpRequest
 
 from foreword.data import frame
-from foreword.errors import DataError
+from foreword.errors import DataError, NoSuchPrefixError, StoreError
 from foreword.prefix import Framing
 from foreword.serve.access import OPEN, Key, KeyFile
 from foreword.serve.catalog import Catalog, Entry
@@ -25,7 +25,7 @@ from foreword.serve.engine import Engine, EngineStoppedError, Piece, Request, Sa
 from foreword.serve.limits import Limits
 from foreword.serve.metrics import Metrics
 from foreword.serve.problems import HungUpError, Problem, no_such_model
-from foreword.store import NoSuchPrefixError, Store, StoreError, Version
+from foreword.store import Store, Version
 
 if TYPE_CHECKING:
     from foreword.bases import Base
