@@ -49,7 +49,7 @@ def test_exports_equal_all() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_has_what_it_exports(name: str) -> None:
-    if module == "foreword.serve.connector":
+    if name == "foreword.serve.connector":
         pytest.importorskip("vllm", reason="vLLM's own side, which its environment tests: make test-vllm")
     module = importlib.import_module(name)
     exported = getattr(module, "__all__", [])
