@@ -33,6 +33,12 @@ def _some(examples: Sequence[Example], count: int) -> list[Example]:
     return chosen[:count]
 
 
+def _apart(examples: Sequence[Example], *kept: Sequence[Example]) -> list[Example]:
+    """Those whose input none of `kept` has: the data sets' own splits share some."""
+    inputs = {one.input for part in kept for one in part}
+    return [one for one in examples if one.input not in inputs]
+
+
 @cache
 def webnlg(sample: int, rows: int, dev: int, test: int, official: str | None) -> Data:
     """Training entries of five categories; test entries, as many of those five as of the five held out.
@@ -48,11 +54,12 @@ def webnlg(sample: int, rows: int, dev: int, test: int, official: str | None) ->
         tried, _ = read("webnlg", Path(official))
     else:
         taken = {one.id for one in dev_entries}
-        tried = [one for one in other if one.id not in taken]
+        tried = _apart([one for one in other if one.id not in taken], dev_entries)
     known = _some([one for one in tried if one.category in seen], test)
     unknown = _some([one for one in tried if one.category not in seen], test)
+    train = _apart([one for one in train if one.category in seen], dev_entries, known, unknown)
     return Data(
-        train=sampled(training_rows([one for one in train if one.category in seen]), rows, sample),
+        train=sampled(training_rows(train), rows, sample),
         dev=dev_entries,
         test=[*known, *unknown],
         groups={
@@ -67,10 +74,10 @@ def synopsis(sample: int, rows: int, dev: int, test: int) -> Data:
     """Debian packages' long descriptions and their one-line synopses; learning rates are chosen on training rows left out."""
     train, _ = read("summarization", DATA / "debian-synopsis" / "train.jsonl")
     tried, _ = read("summarization", DATA / "debian-synopsis" / "dev.jsonl")
-    chosen = _some(train, dev)
-    left_out = {one.id for one in chosen}
+    tried = tried[:test]
+    chosen = _some(_apart(train, tried), dev)
     return Data(
-        train=sampled(training_rows([one for one in train if one.id not in left_out]), rows, sample),
+        train=sampled(training_rows(_apart(train, chosen, tried)), rows, sample),
         dev=chosen,
-        test=tried[:test],
+        test=tried,
     )
