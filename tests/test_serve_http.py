@@ -642,7 +642,13 @@ def test_logs(world: World, caplog: pytest.LogCaptureFixture) -> None:
         for given, kept in [("abc-1", True), ("a" * 65, False), ('a"b', False)]:
             answer = client.get("/v1/models", headers={"x-request-id": given})
             assert (answer.headers["x-request-id"] == given) is kept
-    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records if hasattr(record, "facts")]
+
+    def told() -> list[logging.LogRecord]:
+        return [record for record in caplog.records if hasattr(record, "facts")]
+
+    # a line is written once its answer is out, which the client may be quicker to read
+    until(lambda: len(told()) == 4)
+    lines = [json.loads(JsonFormatter().format(record)) for record in told()]
     assert [line["route"] for line in lines] == ["/v1/completions", *["/v1/models"] * 3]
     first = lines[0]
     assert (first["request"], first["method"], first["status"], first["message"]) == (id, "POST", 200, "request")
