@@ -17,7 +17,6 @@ import argparse
 import json
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from benchmarks.e2e_rows import DATA, e2e_split
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate, read_records, rows_of
-from foreword.limit import Work, product_rate
+from foreword.limit import Work, peak_memory, product_rate
 from foreword.loss import forward_loss
 from foreword.prefix import Framing
 from foreword.reparam import trainable_prefix
@@ -140,13 +139,6 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
         "loaded_mib": loaded / 2**20,
         "limit_tokens_per_second": tokens / (needed / product_rate(base, mean_tokens)),
     }
-
-
-def peak_memory(base: Base) -> int:
-    """Bytes: of the process on a CPU, of the device on a GPU."""
-    if base.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

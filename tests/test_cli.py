@@ -25,10 +25,13 @@ from transformers.utils import logging
 
 import foreword
 import foreword.bases
+import foreword.limit
 import foreword.training
+from foreword.bases import Base
 from foreword.cli import TRACKERS, main
-from foreword.data import read_records
+from foreword.data import read_records, rows_of
 from foreword.evaluate import score_files
+from foreword.limit import Work
 from foreword.prefix import Framing, Prefix
 from foreword.reparam import matrices_of
 from foreword.training import TrainSettings
@@ -164,6 +167,38 @@ def test_every_option_of_train_reaches_training(
     assert run("train", "--base", base, "--data", "rows.tsv", "--input", "q", "--output", "a", "--out", "s",
                "--init-from", prefix).code == 0  # fmt: skip
     assert Prefix.load(tmp_path / "s").card.init == "prefix"
+
+
+def test_profile(run: Run, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def rate(frozen: Base, tokens: int) -> float:
+        asked.append(tokens)
+        return 1.5e9
+
+    monkeypatch.setattr(foreword.limit, "product_rate", rate)
+    options = ("--batch-size", 2, "--accumulation", 2, "--epochs", 3, "--length", 7, "--profile")
+    ran = run("train", "--base", base, "--data", data, "--out", "p", *options)
+    assert (ran.code, ran.err) == (0, "")
+    _, told = ran.out.splitlines()
+    frozen = foreword.load_base(base)
+    rows = rows_of(frozen, ROWS, Framing(), length=7)
+    tokens = sum(map(len, rows))
+    needed = sum(map(Work(frozen, 7).of, rows)) / tokens
+    number = r"([\d.,]+)"
+    found = re.fullmatch(
+        rf"profile: {number}% of the limit, {number} of {number} tokens/s; {number} GFLOP a token, 2 GFLOP/s of bare "
+        rf"products; peak memory {number} MiB",
+        told,
+    )
+    assert found is not None
+    share, speed, limit, gflop, peak = (float(group.replace(",", "")) for group in found.groups())
+    assert limit == pytest.approx(1.5e9 / needed, abs=0.5)
+    assert share == pytest.approx(100 * speed / limit, abs=1 + 50 / limit)
+    assert gflop == pytest.approx(needed / 1e9, abs=0.005)
+    assert 50 < peak < 50_000
+    # of a batch, not of a step
+    assert asked == [round(2 * tokens / len(ROWS))]
 
 
 def test_train_on_messages(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -399,6 +434,12 @@ BEFORE = {
     "inspect: foreign": (["inspect", "foreign.safetensors"], "foreign.safetensors: a safetensors file, but not a prefix"),
     "init-from: truncated": ([*TRAIN, "--data", "rows.jsonl", "--out", "p", "--init-from", "cut.safetensors"], "cut.safetensors: expected"),
     "export: truncated": (["export-peft", "cut.safetensors", "--base", "{base}", "--out", "a"], "cut.safetensors: expected"),
+    "data: no output": ([*TRAIN, "--data", "column.jsonl", "--out", "p"], "record 1: expected .*'output'.*columns: input, text"),
+    "data: no column of the template": ([*TRAIN, "--data", "rows.jsonl", "--template", "{{x}}", "--out", "p"], "record 1: .*'x'"),
+    "data: a list for text": ([*TRAIN, "--data", "number.jsonl", "--out", "p"], "record 1: expected text .*'input'; got list"),
+    "data: empty y": ([*TRAIN, "--data", "nothing.jsonl", "--out", "p"], "record 2: expected a non-empty output; y is empty"),
+    "dev: empty y": ([*TRAIN, "--data", "rows.jsonl", "--dev", "nothing.jsonl", "--out", "p"], "development record 2: expected a non-"),
+    "patience alone": ([*TRAIN, "--data", "rows.jsonl", "--patience", "1", "--out", "p"], "patience .* give development rows"),
     # of what is written
     "out: there": ([*TRAIN, "--data", "rows.jsonl", "--out", "old.safetensors"], "old.safetensors is there already: .* --overwrite"),
     "out: a folder": ([*TRAIN, "--data", "rows.jsonl", "--out", "folder"], "expected a file name for the prefix; folder is a folder"),
@@ -452,15 +493,9 @@ AFTER = {
     "base: damaged, file": (["generate", "--base", "damaged", "--input-file", "rows.jsonl", "--output", "o"], "cannot load"),
     "base: dtype": ([*GENERATE, "--dtype", "int3", "x"], "expected dtype to be one of auto"),
     "base: device": ([*GENERATE, "--device", "abacus", "x"], "expected a device of this machine, such as cpu; got 'abacus'"),
-    "data: no output": ([*TRAIN, "--data", "column.jsonl", "--out", "p"], "record 1: expected .*'output'.*columns: input, text"),
-    "data: no column of the template": ([*TRAIN, "--data", "rows.jsonl", "--template", "{{x}}", "--out", "p"], "record 1: .*'x'"),
-    "data: a list for text": ([*TRAIN, "--data", "number.jsonl", "--out", "p"], "record 1: expected text .*'input'; got list"),
     "data: half a pair": ([*TRAIN, "--data", "pair.jsonl", "--out", "p"], "record 1: "),
-    "data: empty y": ([*TRAIN, "--data", "nothing.jsonl", "--out", "p"], "record 2: expected a non-empty output; y is empty"),
     "data: too long": ([*TRAIN, "--data", "long.jsonl", "--out", "p"], f"record 1: expected at most {CONTEXT} positions"),
     "data: no template for chat": ([*TRAIN, "--data", "rows.jsonl", "--chat", "--out", "p"], "has no chat template"),
-    "dev: empty y": ([*TRAIN, "--data", "rows.jsonl", "--dev", "nothing.jsonl", "--out", "p"], "development record 2: expected a non-"),
-    "patience alone": ([*TRAIN, "--data", "rows.jsonl", "--patience", "1", "--out", "p"], "patience .* give development rows"),
     "text: too long": ([*GENERATE, "--prefix", "{prefix}", "a" * (CONTEXT - 5)], f"expected at most {CONTEXT} positions"),
     "text: too long, bare": ([*GENERATE, "a" * CONTEXT], f"expected at most {CONTEXT} positions"),
     "texts: too long": ([*GENERATE, "--prefix", "{prefix}", "b", "a" * (CONTEXT - 5)], f"input 2: expected at most {CONTEXT}"),

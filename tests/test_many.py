@@ -395,7 +395,7 @@ def test_a_user_without_development_rows_fails_alone(tmp_path: Path) -> None:
     data, dev = user_file(tmp_path / "u.jsonl", USERS), user_file(tmp_path / "d.jsonl", DEV, order=["ann", "bob"])
     _, reports = many(cached_base(), data, dev=dev, settings=settings_of(epochs=1))
     assert {user for user, report in reports.items() if report.error is None} == {"ann", "bob"}
-    assert reports["cyd"].error == "development expected at least one record; got none"
+    assert reports["cyd"].error == "expected at least one development record; got none"
 
 
 # killed and started again

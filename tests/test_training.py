@@ -791,7 +791,7 @@ def test_what_excludes_each_other(tmp_path: Path) -> None:
         out=out,
     )
     refused("expected at least one record; got none", DataError, records=[])
-    refused("^development expected at least one record; got none", DataError, dev=[])
+    refused("^expected at least one development record; got none", DataError, dev=[])
     refused("^record 2: expected a non-empty output", DataError, records=[ROWS[0], {"input": "a", "output": " "}])
     refused("^development record 1: .*'output'", DataError, dev=[{"input": "a"}])
     long = [{"input": "a" * CONTEXT, "output": "b"}]

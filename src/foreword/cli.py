@@ -107,13 +107,18 @@ def train(
     ] = None,
     dtype: t.Dtype = "auto",
     device: t.Device = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print how near the speed was to the machine's limit, and peak memory.")
+    ] = False,
 ) -> None:
     """Train a prefix on one task's or one user's rows."""
     from accelerate import Accelerator
 
     from foreword.bases import load_base
     from foreword.checkpoint import check_out
-    from foreword.data import read_records
+    from foreword.data import check_records, read_records
+    from foreword.learner import check_dev
+    from foreword.limit import peak_memory, product_rate
     from foreword.prefix import Prefix
     from foreword.training import train as train_prefix
 
@@ -123,7 +128,12 @@ def train(
     framing = t.framing_of(template, chat, options["max_input_tokens"])
     # whatever can be wrong is looked at before the base, which may be large, is loaded
     records = read_records(data, input=input, output=output)
-    dev_records = None if dev is None else read_records(dev, input=input, output=output)
+    check_records(records, framing)
+    dev_records = None
+    if dev is not None:
+        dev_records = read_records(dev, input=input, output=output)
+        check_records(dev_records, framing, what="development record")
+    check_dev(settings, dev_records)
     t.keep(out_file, data, dev)
     check_out(out_file, resume=resume, overwrite=overwrite)
     start = None if init_from is None else Prefix.load(init_from)
@@ -142,12 +152,13 @@ def train(
     frozen = load_base(base, dtype=dtype, device=device)
     bar = t.bar(TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[speed]} tokens/s"))
     began = time.perf_counter()
-    speed = 0.0
+    last: Any = None
     with bar:
         task = bar.add_task(f"training {out_file.name}", total=None, loss="–", speed="–")
 
         def show(progress: Any) -> None:
-            nonlocal speed
+            nonlocal last
+            last = progress
             speed = progress.tokens / progress.seconds
             loss = f"{progress.loss:.3f}" + ("" if progress.dev_loss is None else f" (dev {progress.dev_loss:.3f})")
             bar.update(task, completed=progress.step, total=progress.steps, loss=loss, speed=f"{speed:,.0f}")
@@ -176,8 +187,18 @@ def train(
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in prefix.card.metrics.items())
         out.print(
             f"{shown(str(out_file))}: {prefix.length} virtual tokens, {prefix.num_parameters:,} parameters, "
-            f"{out_file.stat().st_size:,} bytes; {metrics}; {time.perf_counter() - began:.0f} s, {speed:,.0f} tokens/s",
+            f"{out_file.stat().st_size:,} bytes; {metrics}; {time.perf_counter() - began:.0f} s"
+            + ("" if last is None else f", {last.tokens / last.seconds:,.0f} tokens/s"),
         )
+        if profile and last is not None:
+            rate = (
+                product_rate(frozen, round(settings.batch_size * last.tokens / last.rows)) * accelerator.num_processes
+            )
+            speed, limit = last.tokens / last.seconds, last.tokens / last.operations * rate
+            out.print(
+                f"profile: {speed / limit:.0%} of the limit, {speed:,.0f} of {limit:,.0f} tokens/s; {last.operations / last.tokens / 1e9:.2f} "
+                f"GFLOP a token, {rate / 1e9:,.0f} GFLOP/s of bare products; peak memory {peak_memory(frozen) / 2**20:,.0f} MiB"
+            )
 
 
 app.command(name="train-many")(cli_many.train_many)

@@ -28,7 +28,7 @@ from foreword.prefix import Framing
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["Batch", "Row", "batches", "collate", "frame", "read_records", "rows_of"]
+__all__ = ["Batch", "Row", "batches", "check_records", "collate", "frame", "read_records", "rows_of"]
 
 Record = Mapping[str, Any]
 
@@ -194,14 +194,11 @@ def frame(base: Base, record: Record, framing: Framing, where: str = "the record
         SettingsError: the template itself is longer than `max_input_tokens`.
     """
     if framing.chat:
-        given = record.get("messages")
-        if given is None and isinstance(record.get("input"), str):
-            given = [{"role": "user", "content": record["input"]}]
-        messages, _ = _check_messages(given, where)
+        messages = _question(record, where)
         text = _chat(base, messages, where)
     else:
         parts = fields_of(framing.template)
-        text = "".join(literal + ("" if name is None else _text(record, name, where)) for literal, name in parts)
+        text = _filled(record, parts, where)
     x = _tokenize(base, text, where, add_special_tokens=not framing.chat)
     if not (framing.chat or base.is_encoder_decoder) and x and x[-1] == base.end_id:
         x = x if text.endswith(base.tokenizer.eos_token) else x[:-1]
@@ -217,6 +214,29 @@ def frame(base: Base, record: Record, framing: Framing, where: str = "the record
     if not x:
         raise DataError(f"{where}: expected an input of at least one token; x is empty")
     return x
+
+
+def _filled(record: Record, parts: Iterable[tuple[str, str | None]], where: str) -> str:
+    return "".join(literal + ("" if name is None else _text(record, name, where)) for literal, name in parts)
+
+
+def _question(record: Record, where: str) -> list[dict[str, str]]:
+    """The messages before the answer; an input by itself is the user's."""
+    given = record.get("messages")
+    if given is None and isinstance(record.get("input"), str):
+        given = [{"role": "user", "content": record["input"]}]
+    return _check_messages(given, where)[0]
+
+
+def _answer(record: Record, framing: Framing, where: str) -> str:
+    """The text of y."""
+    if framing.chat and record.get("messages") is not None:
+        answer = _check_messages(record["messages"], where)[1]
+    else:
+        answer = _text(record, "output", where)
+    if answer is None or not answer.strip():
+        raise DataError(f"{where}: expected a non-empty output; y is empty: drop the record or fill it")
+    return answer
 
 
 def _shorten(base: Base, x: list[int], head: list[int], limit: int, where: str) -> list[int]:
@@ -282,6 +302,21 @@ def _chat(base: Base, messages: list[dict[str, str]], where: str) -> str:
     return text
 
 
+def check_records(records: Iterable[Record], framing: Framing, *, what: str = "record") -> None:
+    """Look for what `rows_of` would refuse, as far as it shows without a base.
+
+    Raises:
+        DataError: a record lacks a column, or its y is empty.
+    """
+    for number, record in enumerate(records, 1):
+        where = f"{what} {number}"
+        if framing.chat:
+            _question(record, where)
+        else:
+            _filled(record, fields_of(framing.template), where)
+        _answer(record, framing, where)
+
+
 def rows_of(
     base: Base,
     records: Iterable[Record],
@@ -289,6 +324,7 @@ def rows_of(
     *,
     length: int = 0,
     max_output_tokens: int | None = None,
+    what: str = "record",
 ) -> list[Row]:
     """Tokenize records for training.
 
@@ -298,6 +334,7 @@ def rows_of(
         framing: how x is made.
         length: P; virtual tokens count toward a decoder-only base's context.
         max_output_tokens: a longer y is cut, before its end token.
+        what: what an error calls a record, before its number.
 
     Raises:
         DataError: a record lacks a column, or its x or y is empty.
@@ -305,19 +342,14 @@ def rows_of(
     """
     rows = []
     for number, record in enumerate(records, 1):
-        where = f"record {number}"
+        where = f"{what} {number}"
         x = frame(base, record, framing, where)
-        if framing.chat and record.get("messages") is not None:
-            answer = _check_messages(record["messages"], where)[1]
-        else:
-            answer = _text(record, "output", where)
-        if answer is None or not answer.strip():
-            raise DataError(f"{where}: expected a non-empty output; y is empty: drop the record or fill it")
+        answer = _answer(record, framing, where)
         y = _output(base, answer, max_output_tokens, where)
         check_fits(base, len(x), len(y), length, where)
         rows.append(Row(x, y))
     if not rows:
-        raise DataError("expected at least one record; got none")
+        raise DataError(f"expected at least one {what}; got none")
     return rows
 
 

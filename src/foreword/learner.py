@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreword.data import Record, Row, batches, rows_of
-from foreword.errors import DataError, SettingsError, TrainingError
+from foreword.errors import SettingsError, TrainingError
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import TrainablePrefix, trainable_prefix
 from foreword.settings import TrainSettings
@@ -142,13 +142,12 @@ class Learner:
         self.base, self.settings, self.framing, self.init_from = base, settings, framing, init_from
         self.group_size, self.precision = settings.accumulation * processes, precision
         length = settings.length if init_from is None else init_from.length
-        self.rows = rows_of(base, records, framing, length=length, max_output_tokens=settings.max_output_tokens)
+        limit = settings.max_output_tokens
+        self.rows = rows_of(base, records, framing, length=length, max_output_tokens=limit)
         self.dev_rows: list[Row] = []
         if dev is not None:
-            try:
-                self.dev_rows = rows_of(base, dev, framing, length=length, max_output_tokens=settings.max_output_tokens)
-            except DataError as error:
-                raise type(error)(f"development {error}") from None
+            what = "development record"
+            self.dev_rows = rows_of(base, dev, framing, length=length, max_output_tokens=limit, what=what)
         self.trainable = make_trainable(base, self.rows, settings, init_from)
         self.optimizer = torch.optim.AdamW(
             self.trainable.parameters(), lr=settings.peak_lr, weight_decay=settings.weight_decay

@@ -8,6 +8,7 @@ batch has.
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from foreword.data import Row
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["Work", "product_rate"]
+__all__ = ["Work", "peak_memory", "product_rate"]
 
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "o")
 """What the families call the projection that follows attention."""
@@ -121,6 +122,15 @@ def product_rate(base: Base, tokens: int, *, seconds: float = 1.0) -> float:
         _wait(base)
         best = max(best, 10 * 2 * x.shape[0] * weight.numel() / (time.perf_counter() - began))
     return best
+
+
+def peak_memory(base: Base) -> int:
+    """The most bytes that there were: of this process on a CPU, of the device on a GPU."""
+    if base.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(base.device)
+    import resource  # there is none on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _wait(base: Base) -> None:

@@ -27,6 +27,7 @@ from foreword.checkpoint import check_out, checkpoint_of, read_checkpoint, write
 from foreword.data import Record, collate
 from foreword.errors import SettingsError
 from foreword.learner import Learner, checkpointing, init_name, make_trainable
+from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.settings import TrainSettings
@@ -50,7 +51,9 @@ class TrainingProgress:
         epoch: of `steps`, counted from 1.
         loss: mean over the y tokens of this step's batch, in nats.
         dev_loss: on the development rows, after an epoch.
-        tokens: real tokens so far in this process's run, x and y; padding and virtual tokens are not counted.
+        rows: so far in this run, of all processes.
+        tokens: real tokens in them, x and y; padding and virtual tokens are not counted.
+        operations: floating-point operations that these tokens need at the least; see `foreword.limit`.
         seconds: spent on them, evaluation not counted.
         lr: learning rate of this step.
     """
@@ -60,7 +63,9 @@ class TrainingProgress:
     epoch: int
     loss: float
     dev_loss: float | None
+    rows: int
     tokens: int
+    operations: float
     seconds: float
     lr: float
 
@@ -142,14 +147,18 @@ def train(
     if checkpoint is not None and resume and checkpoint.exists():
         learner.load_state(*read_checkpoint(checkpoint, identity))
 
-    tokens, seconds = 0, 0.0
+    work = Work(base, learner.trainable.length)
+    count, tokens, operations, seconds = 0, 0, 0.0, 0.0
     with attach(base.model, learner.trainable) as attachment, checkpointing(base, settings.gradient_checkpointing):
         for group in learner.groups():
             began = time.perf_counter()
             lr = learner.lr_at(learner.step)
             learner.update(_gradients(base, attachment, learner, group, accelerator))
-            tokens += sum(len(learner.rows[i]) for indices in group for i in indices)
             seconds += time.perf_counter() - began
+            chosen = [learner.rows[i] for indices in group for i in indices]
+            count += len(chosen)
+            tokens += sum(map(len, chosen))
+            operations += sum(map(work.of, chosen))
             dev_loss = None
             if learner.dev_rows and learner.epoch_ended:
                 with accelerator.autocast():
@@ -163,7 +172,9 @@ def train(
                 epoch=math.ceil(learner.step / learner.steps_per_epoch),
                 loss=learner.loss,
                 dev_loss=dev_loss,
+                rows=count,
                 tokens=tokens,
+                operations=operations,
                 seconds=seconds,
                 lr=lr,
             )
