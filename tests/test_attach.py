@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-import foreword.attach
+import foreword.attention
 from foreword.attach import FAMILIES, Stack, attach, capture, section_shapes
 from foreword.errors import BaseLoadError, SettingsError, WrongBaseError
 from foreword.prefix import Prefix
@@ -288,7 +288,7 @@ def test_rows_of_one_batch_are_each_as_if_alone(
     family: str, side: str, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefixes of unequal lengths, one twice, and none; also as beams. `scores` 0 is the fused kernel."""
-    monkeypatch.setattr(foreword.attach, "PRODUCTS_MAX_SCORES", scores)
+    monkeypatch.setattr(foreword.attention, "PRODUCTS_MAX_SCORES", scores)
     if family == "bart":
         side = "right"  # its own positions count padding on the left
     model = model64(family)
@@ -530,18 +530,18 @@ def test_products_and_the_fused_kernel_agree(family: str, lengths: list[int], mo
     if lengths[0] == lengths[1]:
         inputs = {name: tensor for name, tensor in inputs.items() if "mask" not in name}
     fused_calls = 0
-    fused = foreword.attach.sdpa_attention_forward
+    fused = foreword.attention.sdpa_attention_forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal fused_calls
         fused_calls += 1
         return fused(*args, **kwargs)
 
-    monkeypatch.setattr(foreword.attach, "sdpa_attention_forward", counted)
+    monkeypatch.setattr(foreword.attention, "sdpa_attention_forward", counted)
     found = []
     with attach(model, source):
         for scores in (1 << 25, 0):
-            monkeypatch.setattr(foreword.attach, "PRODUCTS_MAX_SCORES", scores)
+            monkeypatch.setattr(foreword.attention, "PRODUCTS_MAX_SCORES", scores)
             source.zero_grad()
             loss = loss_of(model, inputs)
             loss.backward()

@@ -5,9 +5,10 @@ For each attention layer the base computes queries, keys and values as ever; the
     Attn(x) = softmax(Q [K_prefix; K]^T / sqrt(D) + mask) [V_prefix; V]
 
 where K_prefix and V_prefix are the prefix's own (Li & Liang 2021, section 4.1). transformers lets a function be
-registered in the place of attention, and sees to it that every layer of every family calls it. So nothing of the base
-is copied, replaced or patched, and the same code serves encoders, decoders and cross-attention, with and without a
-cache, under gradient checkpointing, and in a batch whose rows have different prefixes.
+registered in the place of attention, and sees to it that every layer of every family calls it: ours, in
+`foreword.attention`, asks here for what stands before a layer's keys. So nothing of the base is copied, replaced or
+patched, and the same code serves encoders, decoders and cross-attention, with and without a cache, under gradient
+checkpointing, and in a batch whose rows have different prefixes.
 
 Positions: in a decoder-only base x starts at position P; position ids given by a caller count tokens, and P is added
 here. In an encoder-decoder base tokens keep their positions, and relative biases of prefix keys are zero.
@@ -24,10 +25,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
+from foreword.attention import NAME
 from foreword.errors import BaseLoadError, SettingsError, WrongBaseError
 from foreword.prefix import Layer, Prefix
 
@@ -55,13 +55,6 @@ FAMILIES: Mapping[str, Mapping[str, str]] = {
     "t5": _T5,
 }
 """For each supported `config.model_type`, where the attention layers of each section are; `*` is the layer's number."""
-
-_NAME = "foreword"
-"""What the attention function and its mask are registered as, and the attribute that layers and models carry."""
-
-PRODUCTS_MAX_SCORES = 1 << 25
-"""On a CPU, attention with fewer scores than this in a layer is written as plain products: for short rows their
-backward pass is much faster than that of the fused kernel; beyond it, memory matters more."""
 
 
 def sections_of(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
@@ -189,10 +182,10 @@ class Attachment:
 
         for section, modules in sections_of(model).items():
             for i, module in enumerate(modules):
-                if _NAME in module.__dict__:
+                if NAME in module.__dict__:
                     raise SettingsError("the model already has a prefix attached: detach that one first")
-                module.__dict__[_NAME] = (self, section, i)
-        model.set_attn_implementation(_NAME)
+                module.__dict__[NAME] = (self, section, i)
+        model.set_attn_implementation(NAME)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -203,7 +196,7 @@ class Attachment:
             self._handles.append(model.get_encoder().register_forward_pre_hook(self._refresh))
         if isinstance(source, nn.Module):
             model.requires_grad_(False)
-            model.add_module(_NAME, source)
+            model.add_module(NAME, source)
         if save is not None:
             # what transformers' Trainer calls, on a model that stays a PreTrainedModel
             model.__dict__["save_pretrained"] = lambda folder, *_, **__: save(folder)
@@ -220,10 +213,10 @@ class Attachment:
             handle.remove()
         for modules in sections_of(self.model).values():
             for module in modules:
-                if module.__dict__.get(_NAME, (None,))[0] is not self:
+                if module.__dict__.get(NAME, (None,))[0] is not self:
                     return  # detached before; what is attached now is another's
-                del module.__dict__[_NAME]
-        self.model._modules.pop(_NAME, None)
+                del module.__dict__[NAME]
+        self.model._modules.pop(NAME, None)
         self.model.__dict__.pop("save_pretrained", None)
         self.model.set_attn_implementation(self._implementation)
 
@@ -449,114 +442,21 @@ def capture(model: PreTrainedModel) -> Iterator[Mapping[str, Mapping[int, Layer]
         for section, modules in sections_of(model).items()
         for i, module in enumerate(modules)
     ]
-    before = [module.__dict__.get(_NAME) for module, _ in layers]
+    before = [module.__dict__.get(NAME) for module, _ in layers]
     # what a backward pass computes anew, once this block is left, would meet another attention
     checkpointed: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for layer in checkpointed:
         layer.gradient_checkpointing = False
     for module, mark in layers:
-        module.__dict__[_NAME] = mark
-    model.set_attn_implementation(_NAME)
+        module.__dict__[NAME] = mark
+    model.set_attn_implementation(NAME)
     try:
         yield recorder.seen
     finally:
         for (module, _), earlier in zip(layers, before, strict=True):
-            del module.__dict__[_NAME]
+            del module.__dict__[NAME]
             if earlier is not None:
-                module.__dict__[_NAME] = earlier
+                module.__dict__[NAME] = earlier
         for layer in checkpointed:
             layer.gradient_checkpointing = True
         model.set_attn_implementation(implementation)
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    position_bias: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """What every attention layer of an attached model calls. Returns [B, T, H, D]."""
-    attachment, section, i = module.__dict__[_NAME]
-    length = key.shape[2]
-    key, value, mask = attachment.extend(section, i, query, key, value, attention_mask)
-    if position_bias is not None:
-        position_bias = nn.functional.pad(position_bias, (key.shape[2] - length, 0))
-    if dropout or query.device.type != "cpu" or query.shape[:3].numel() * key.shape[2] > PRODUCTS_MAX_SCORES:
-        return sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=False,
-            position_bias=position_bias,
-        )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: torch.Tensor = _Products.apply(query, key, value, mask, scaling, position_bias)
-    return out, None
-
-
-class _Products(torch.autograd.Function):
-    """softmax(Q K^T scaling + bias + mask) V as plain products, with the H query heads folded onto their G key/value heads.
-
-    Its backward pass keeps no more than Q, K, V and the weights, and makes no gradient for bias or mask: both are frozen.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu")
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        position_bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        batch, heads, length, dim = query.shape
-        groups, seen = key.shape[1:3]
-        query = (query * scaling).reshape(batch, groups, -1, dim)
-        scores = (query @ key.mT).view(batch, heads, length, seen)
-        if position_bias is not None:
-            scores += position_bias
-        if mask is not None:
-            # the padding of a left-padded row may see nothing: the least number, unlike -inf, keeps its softmax finite
-            least = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill_(~mask, least) if mask.dtype == torch.bool else scores.add_(mask)
-        weights = scores.softmax(-1).view(batch, groups, -1, seen)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.scaling = scaling
-        return (weights @ value).view(batch, heads, length, dim).transpose(1, 2)
-
-    @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, weights = ctx.saved_tensors
-        batch, length, heads, dim = outer[0].shape
-        out = outer[0].transpose(1, 2).reshape(query.shape)
-        query_gradient = key_gradient = value_gradient = None
-        if ctx.needs_input_grad[2]:
-            value_gradient = weights.mT @ out
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            scores = torch._softmax_backward_data(out @ value.mT, weights, -1, weights.dtype)
-            if ctx.needs_input_grad[1]:
-                key_gradient = scores.mT @ query
-            if ctx.needs_input_grad[0]:
-                query_gradient = (scores @ key).mul_(ctx.scaling).view(batch, heads, length, dim)
-        return query_gradient, key_gradient, value_gradient, None, None, None
-
-
-def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' own boolean mask, always written out where it is causal: with a prefix, "causal" alone isn't enough."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-
-
-AttentionInterface.register(_NAME, _attention)
-AttentionMaskInterface.register(_NAME, _mask)
