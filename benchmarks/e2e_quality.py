@@ -45,7 +45,7 @@ from foreword.tasks import Example
 
 RUNS = Runs(Path(__file__).with_name("results") / "e2e_quality")
 GRIDS = {
-    "foreword": [1e-2, 2e-2, 4e-2],
+    "foreword": [2.5e-2, 5e-2, 1e-1],
     "peft-projected": [5e-4, 1e-3, 2e-3],
     "peft-direct": [5e-3, 1e-2, 2e-2],
     "foreword-mlp": [5e-4, 1e-3, 2e-3],

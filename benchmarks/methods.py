@@ -203,7 +203,7 @@ METHODS: dict[str, Callable[[Base, Sequence[Row], Options], Learner]] = {
 """The methods, by name."""
 
 GRIDS: dict[str, list[float]] = {
-    "prefix": [1e-2, 2e-2, 4e-2],
+    "prefix": [2.5e-2, 5e-2, 1e-1],
     "prefix-mlp": [5e-4, 1e-3, 2e-3],
     "prefix-embedding": [1e-2, 2e-2, 4e-2],
     "full": [2.5e-5, 5e-5, 1e-4],

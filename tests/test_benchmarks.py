@@ -271,7 +271,7 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     assert "**Unfinished**: 6 runs" in text
     assert "No arm has a finished run at a chosen learning rate yet." in text
 
-    scores = {"tuned 4": {1e-4: 0.1, 2e-4: 0.2, 4e-4: 0.1}, "prefix 4": {1e-2: 0.1, 2e-2: 0.3, 4e-2: 0.2}}
+    scores = {"tuned 4": {1e-4: 0.1, 2e-4: 0.2, 4e-4: 0.1}, "prefix 4": {2.5e-2: 0.1, 5e-2: 0.3, 1e-1: 0.2}}
     done: list[Unit] = []
     real = benchmarks.study.run
 
@@ -286,11 +286,11 @@ def test_a_study_goes_on_and_reports_what_is_missing(
 
     with pytest.raises(KeyboardInterrupt):
         study.runs.work(lambda: todo(study), run)
-    assert done[6:] == [Unit("prefix 5", 2e-2, 0, 0), Unit("tuned 4", 2e-4, 1, 0)]
+    assert done[6:] == [Unit("prefix 5", 5e-2, 0, 0), Unit("tuned 4", 2e-4, 1, 0)]
     assert [unit.arm for unit in todo(study)] == ["prefix 4", "prefix 5"]
     text = report(study, command="the command")
     assert (
-        "**Unfinished**: 2 runs that can be made now are not there, the first `prefix_4-lr0.02-sample1-seed0`" in text
+        "**Unfinished**: 2 runs that can be made now are not there, the first `prefix_4-lr0.05-sample1-seed0`" in text
     )
     facts = json.loads((results / "tiny.json").read_text("utf-8"))
     assert {line["arm"]: line["runs"] for line in facts["lines"]} == {"tuned 4": 2, "prefix 4": 1, "prefix 5": 1}
@@ -315,7 +315,7 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     facts = json.loads((results / "tiny.json").read_text("utf-8"))
     assert facts["unfinished"] == []
     (line,) = [line for line in facts["lines"] if line["arm"] == "prefix 4"]
-    assert (line["learning_rate"], line["runs"], len(line["values"])) == (2e-2, 2, 2)
+    assert (line["learning_rate"], line["runs"], len(line["values"])) == (5e-2, 2, 2)
     assert line["groups"]["seen"]["figures"].keys() == {"ROUGE-1", "ROUGE-2", "ROUGE-L", "TER"}
 
 

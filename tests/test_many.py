@@ -211,7 +211,7 @@ def test_accumulation_clipping_decay_and_checkpointing_are_each_users_own(family
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_early_stopping_is_each_users_own(family: str, tmp_path: Path) -> None:
-    settings = settings_of(epochs=4, patience=1, lr=0.5)
+    settings = settings_of(epochs=4, patience=1, lr=2.0)
     data, dev = user_file(tmp_path / "u.jsonl", USERS), user_file(tmp_path / "d.jsonl", DEV)
     prefixes, reports = many(cached_base(family, torch.float64), data, dev=dev, settings=settings, slots=2)
     assert_as_alone(prefixes, family, settings, dev=True)

@@ -556,7 +556,7 @@ def test_the_card_says_how_and_holds_no_text(tmp_path: Path) -> None:
     prefix = train(base, ROWS, dev=DEV, settings=settings, framing=framing)
     card = prefix.card
     assert (card.base, card.fingerprint, card.framing, card.init) == (base.name, base.fingerprint, framing, "words")
-    expected = {"length": 7, "lr": 2e-2, "rows": 7, "steps": 8, "epochs": 2, "seed": 0, "reparametrization": "direct"}
+    expected = {"length": 7, "lr": 5e-2, "rows": 7, "steps": 8, "epochs": 2, "seed": 0, "reparametrization": "direct"}
     assert {name: card.training[name] for name in expected} == expected
     assert set(card.metrics) == {"first_epoch_loss", "train_loss", "dev_loss"}
     text = card.to_json()
@@ -677,7 +677,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_nothing_half_written(tmp_pa
             base.model.get_parameter("transformer.ln_f.bias")[7] = math.nan
 
     with pytest.raises(
-        TrainingError, match=r"^the loss is nan and .* at step 3: lower the learning rate \(now 0.02\), or"
+        TrainingError, match=r"^the loss is nan and .* at step 3: lower the learning rate \(now 0.05\), or"
     ):
         train(base, ROWS, settings=settings_of(), out=out, on_step=spoil)
     assert not list(tmp_path.iterdir())

@@ -99,23 +99,40 @@ class TrainablePrefix(nn.Module):
 
 
 class DirectPrefix(TrainablePrefix):
-    """P_θ is the parameter.
+    """P_θ = θ S: keys and values are the parameters, those of each layer in units of their own size.
+
+    S has a number for each layer's keys and one for its values: the power of two next to their root mean square at the
+    start. Layers differ in it a hundredfold, while AdamW moves all parameters alike.
 
     Args:
         shapes: (G, D) of each layer, for each section.
         length: P.
-        start: P_θ at the start, [P, W] for each section. Default: normal noise with deviation 0.02.
+        start: P_θ at the start, [P, W] for each section. Default: normal noise with deviation 0.02, and S is 1.
     """
 
     def __init__(self, shapes: Shapes, length: int, start: Matrices | None = None):
         super().__init__(shapes, length)
         self.p_theta = nn.ParameterDict()
         for section, layers in shapes.items():
-            matrix = torch.randn(length, width(layers)) * 0.02 if start is None else start[section].clone()
-            self.p_theta[section] = nn.Parameter(matrix)
+            if start is None:
+                matrix, scale = torch.randn(length, width(layers)) * 0.02, torch.ones(width(layers))
+            else:
+                matrix, scale = start[section], _scale(start[section], layers)
+            self.p_theta[section] = nn.Parameter(matrix / scale)
+            self.register_buffer(f"scale_{section}", scale)
 
     def matrices(self) -> dict[str, torch.Tensor]:
-        return dict(self.p_theta)
+        return {section: theta * self.get_buffer(f"scale_{section}") for section, theta in self.p_theta.items()}
+
+
+def _scale(matrix: torch.Tensor, layers: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """[W]: for the columns of each layer's keys, and of its values, the power of two next to their root mean square."""
+    parts = matrix.split([groups * dim for groups, dim in layers for _ in range(2)], dim=-1)
+    # a power of two changes no digit of what it is multiplied with; and zeros stay what they are
+    sizes = [part.square().mean().sqrt() or torch.ones(()) for part in parts]
+    return torch.cat(
+        [size.log2().round().exp2().expand(part.shape[-1]) for size, part in zip(sizes, parts, strict=True)]
+    )
 
 
 class MLPPrefix(TrainablePrefix):

@@ -10,7 +10,7 @@ from foreword.reparam import REPARAMETRIZATIONS, Reparametrization
 
 __all__ = ["DEFAULT_LR", "TrainSettings"]
 
-DEFAULT_LR = {"direct": 2e-2, "mlp": 1e-3, "embedding": 2e-2}
+DEFAULT_LR = {"direct": 5e-2, "mlp": 1e-3, "embedding": 2e-2}
 """The peak learning rate of each reparametrization, unless another is given."""
 
 
@@ -24,7 +24,7 @@ class TrainSettings:
         hidden: hidden size of the MLP, which "mlp" alone has; by default 512, and 800 from 100 virtual tokens on.
         init: "activations" of the first training rows, or of `init_text`; "random", small noise.
         init_text: words of the task, e.g. "Describe the restaurant:"; their activations start the prefix.
-        lr: peak learning rate; by default 2e-2 direct, 1e-3 mlp, 2e-2 embedding.
+        lr: peak learning rate; by default 5e-2 direct, 1e-3 mlp, 2e-2 embedding.
         epochs: passes over the rows.
         batch_size: rows that go through the base at once, on each process.
         accumulation: such batches, on each process, to one step.
