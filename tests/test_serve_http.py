@@ -583,7 +583,7 @@ def test_stopping_lets_texts_end(tmp_path: Path) -> None:
         until(lambda: other.get("/ready").status_code == 503)
         assert other.get("/health").status_code == 200
         answer = world.complete(other)
-        assert (answer.status_code, error_of(answer)["code"]) == (503, "stopping")
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "not_ready")
         loop_free(world)
         for thread in threads:
             thread.join()
@@ -600,7 +600,7 @@ def test_stopping_cuts_off_what_takes_too_long(tmp_path: Path) -> None:
         until(lambda: len(world.engine.requests) == 1)
         world.app.state.service.stop_soon()
         thread.join(20)
-        assert (answers[0].status_code, error_of(answers[0])["code"]) == (503, "stopping")
+        assert (answers[0].status_code, error_of(answers[0])["code"]) == (503, "not_ready")
 
 
 # figures and logs

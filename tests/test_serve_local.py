@@ -149,7 +149,7 @@ def test_rows_are_put_off_and_go_on(llama: World, monkeypatch: pytest.MonkeyPatc
     left: list[int] = []
     leave = Runner.leave
     monkeypatch.setattr(Runner, "leave", lambda self, row: left.append(len(row.y)) or leave(self, row))
-    monkeypatch.setattr("foreword.serve.local._ends", lambda base: set())
+    monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
     asked = [(f"text {i}" * (1 + i % 3), [None, "five", "two"][i % 3]) for i in range(7)]
 
     async def run() -> list[str]:
@@ -160,7 +160,7 @@ def test_rows_are_put_off_and_go_on(llama: World, monkeypatch: pytest.MonkeyPatc
             return [text_of(pieces) for pieces in await asyncio.gather(*(pieces_of(engine, one) for one in requests))]
 
     answers = asyncio.run(run())
-    monkeypatch.setattr("foreword.generation._ends", lambda base: set())
+    monkeypatch.setattr("foreword.generation.end_ids", lambda base: set())
     assert answers == [llama.alone(text, name, max_new_tokens=60) for text, name in asked]
     assert len(left) > 7, "some have left more than once"
     assert sum(length == 60 for length in left) == 7
@@ -233,7 +233,7 @@ def test_any_seed_where_none_is_given(llama: World) -> None:
 
 
 def test_who_leaves_frees_the_row(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreword.serve.local._ends", lambda base: set())
+    monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
 
     async def run() -> None:
         async with llama.engine(max_rows=2) as engine:
@@ -350,7 +350,7 @@ def test_a_failed_step_is_survived(
 
 
 def test_stopping(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreword.serve.local._ends", lambda base: set())
+    monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
 
     async def run() -> None:
         async with llama.engine(max_rows=1) as engine:

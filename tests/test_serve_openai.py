@@ -11,14 +11,19 @@ from typing import Any
 import openai
 import pytest
 import torch
-from serving import chat_base, copy_of, make_base, prefix_for, served
+from serving import ENGINES, chat_base, copy_of, make_base, prefix_for, served, until
+from tiny import CONTEXT
+from vllm_harness import OPTIONS, SIZES, served_base
 
 from foreword.bases import Base
 from foreword.data import frame
 from foreword.generation import GenerateSettings, generate
 from foreword.prefix import Framing, Prefix
+from foreword.serve.engine import Engine
 from foreword.serve.http import create_app
 from foreword.serve.local import LocalEngine
+from foreword.serve.service import Settings
+from foreword.serve.vllm import VllmEngine
 from foreword.store import Store
 
 BASE = "tiny-llama"
@@ -29,23 +34,35 @@ LIMIT = 11
 class World:
     """A running server, and what its answers have to be."""
 
-    def __init__(self, folder: Path):
-        self.base = chat_base()
+    def __init__(self, folder: Path, engine: str):
+        # of one size, so that both engines are asked the same
+        self.base = chat_base(**SIZES["llama"] | {"max_position_embeddings": CONTEXT})
         self.prefixes = {
-            "plain": prefix_for(self.base, 5),
-            "Zoë / 7": self.talkative("Say {input}="),
+            "plain": self.talkative(5),
+            "Zoë / 7": self.talkative(3, template="Say {input}="),
             "told": prefix_for(self.base, 4, template="{name}: {input} ({price})"),
             "chatty": prefix_for(self.base, 6, chat=True),
         }
-        self.store = Store(folder / "store", create=True)
+        self.folder = folder / "store"
+        self.store = Store(self.folder, create=True)
         for name, prefix in self.prefixes.items():
             self.store.put(name, prefix, dtype=torch.float32)
+        self.engine: Engine
+        if engine == "vllm":
+            base = served_base(self.base, folder)
+            options = OPTIONS | {"num_gpu_blocks_override": 64, "max_num_seqs": 16}
+            self.engine = VllmEngine(base, self.store, options=options)
+        else:
+            base = copy_of(self.base)
+            self.engine = LocalEngine(base, self.store, max_rows=5)
+        self.app = create_app(base, self.store, engine=self.engine)
         self.url = ""
 
-    def talkative(self, template: str) -> Prefix:
-        """A prefix with which the base does not end its text at once."""
-        prefixes = (prefix_for(self.base, 3, seed=seed, template=template) for seed in range(99))
-        return next(prefix for prefix in prefixes if generate(self.base, ["some text"], [prefix])[0])
+    def talkative(self, length: int, **framing: Any) -> Prefix:
+        """A prefix with which the base does not end its texts at once."""
+        texts = ["0", "xy", "some text"]
+        prefixes = (prefix_for(self.base, length, seed=seed, **framing) for seed in range(99))
+        return next(p for p in prefixes if min(map(len, generate(self.base, texts, [p] * 3))) > 8)
 
     def alone(self, x: Any, name: str, *, framing: Framing | None = None, **settings: Any) -> str:
         prefix = self.prefixes.get(name)
@@ -57,12 +74,10 @@ class World:
         return len(frame(self.base, {"input": text}, framing))
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("openai"))
-    copied = copy_of(world.base)
-    app = create_app(copied, world.store, engine=LocalEngine(copied, world.store, max_rows=5))
-    with served(app) as url:
+@pytest.fixture(scope="module", params=ENGINES)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("openai"), request.param)
+    with served(world.app) as url:
         world.url = url
         yield world
 
@@ -138,7 +153,12 @@ def test_several_prompts_and_n(world: World, client: openai.OpenAI) -> None:
     answer = client.completions.create(**how)
     assert [choice.index for choice in answer.choices] == list(range(6))
     for i, choice in enumerate(answer.choices):
-        assert choice.text == world.alone(prompts[i // 2], "plain", temperature=1.0, seed=7 + i)
+        one = {"prompt": prompts[i // 2], "seed": 7 + i, "n": 1}
+        if world.engine.name == "local":
+            assert choice.text == world.alone(one["prompt"], "plain", temperature=1.0, seed=one["seed"])
+        else:
+            # vLLM draws otherwise than we do, but always the same
+            assert choice.text == client.completions.create(**how | one).choices[0].text
     assert len({choice.text for choice in answer.choices}) > 4
     texts = [""] * 6
     for chunk in client.completions.create(**how, stream=True):

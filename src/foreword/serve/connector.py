@@ -12,6 +12,8 @@ served fails: `vllm serve` answers such a request with its error 500 and logs th
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import secrets
 import threading
 from collections.abc import Mapping
@@ -363,9 +365,16 @@ class _Scheduler:
         )
 
     def _watch(self) -> None:
-        """Forget the prefixes whose names are deleted from the store."""
+        """Forget the prefixes whose names are deleted from the store; and end with the process that started this one.
+
+        vLLM's processes outlive a server that was killed, with the base in their memory, and nobody can ask them anything.
+        """
         since: Any = datetime.now(UTC)
+        parent = multiprocessing.parent_process()
         while not self._ended.wait(POLL):
+            if parent is not None and os.getppid() != parent.pid:
+                logger.error("the server has ended without a word, and so do vLLM's processes")
+                os._exit(1)
             if not self._names:
                 continue
             try:
