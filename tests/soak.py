@@ -175,7 +175,7 @@ class Soak:
         for answer in self.answers:
             possible = self._possible(answer)
             if answer.text is None:
-                assert None in possible
+                assert None in possible, f"no such prefix as {answer.name!r}, though there was one"
                 assert answer.name is not None
                 counts["no such prefix"] += 1
                 continue

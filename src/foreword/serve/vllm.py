@@ -155,7 +155,7 @@ class VllmEngine(Engine):
             async with aclosing(self.generate(first)) as pieces:
                 async for _ in pieces:
                     pass
-        except EngineStoppedError:
+        except Exception:
             await self._end(0)
             raise
         finally:
