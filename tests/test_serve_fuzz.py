@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import hypothesis
-import schemathesis
-from hypothesis import HealthCheck
 from serving import prefix_for, reference_base, served
 
 from foreword.serve import FakeEngine, create_app
@@ -20,6 +17,10 @@ EXAMPLES = int(os.environ.get("FOREWORD_FUZZ", "12"))
 
 
 def test_no_request_whatever_makes_the_server_fail(tmp_path: Path) -> None:
+    # seconds, which the processes that run other tests need not spend
+    import hypothesis
+    import schemathesis
+
     base = reference_base("llama")
     store = Store(tmp_path / "store", create=True)
     names = ["plain", "chat", "tiny-llama"]
@@ -40,7 +41,7 @@ def test_no_request_whatever_makes_the_server_fail(tmp_path: Path) -> None:
                 deadline=None,
                 derandomize=True,
                 database=None,
-                suppress_health_check=list(HealthCheck),
+                suppress_health_check=list(hypothesis.HealthCheck),
                 phases=[hypothesis.Phase.generate],
             )
             def fuzz(case: Any) -> None:

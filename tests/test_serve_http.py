@@ -24,7 +24,7 @@ from serving import make_base, prefix_for, reference_base, served, until
 import foreword
 from foreword.errors import SettingsError
 from foreword.prefix import Card, Prefix
-from foreword.serve import FakeEngine, Figures, Key, KeyFile, Request, Settings, create_app
+from foreword.serve import FakeEngine, Figures, Key, KeyFile, Request, Settings, create_app, run
 from foreword.serve.catalog import Catalog
 from foreword.serve.limits import Limits, TooManyError
 from foreword.serve.logs import JsonFormatter
@@ -43,11 +43,12 @@ class World:
         *,
         keys: bool = False,
         script: Callable[[Request], Sequence[str]] | None = None,
+        engine: FakeEngine | None = None,
         **settings: Any,
     ):
         self.base = reference_base("llama")
         self.store = Store(folder / "store", create=True)
-        self.engine = FakeEngine() if script is None else FakeEngine(script)
+        self.engine = engine or (FakeEngine() if script is None else FakeEngine(script))
         self.keys = KeyFile(folder / "keys.json") if keys else None
         self.app = create_app(self.base, self.store, engine=self.engine, keys=self.keys, settings=Settings(**settings))
         self.url = ""
@@ -566,6 +567,47 @@ def test_an_error_amid_a_stream(tmp_path: Path) -> None:
             loop.call_soon_threadsafe(world.engine.open.set)
             with pytest.raises(openai.APIError, match="longer than this server allows"):
                 list(theirs.completions.create(model=BASE, prompt="a", stream=True))
+
+
+def test_before_the_engine_has_started(tmp_path: Path) -> None:
+    """The process is well, and wants no requests."""
+    world = World(tmp_path)
+    world.put("a")
+    go_on, start = asyncio.Event(), world.engine.start
+
+    async def slowly() -> None:
+        await go_on.wait()
+        await start()
+
+    world.engine.start = slowly  # type: ignore[method-assign]
+    with served(world.app, ready=False) as world.url, world.http() as client:
+        assert client.get("/health").status_code == 200
+        answer = client.get("/ready")
+        assert (answer.status_code, answer.json()) == (503, {"status": "starting"})
+        for model in (BASE, "a"):
+            for stream in (False, True):
+                answer = world.complete(client, model, stream=stream)
+                assert (answer.status_code, error_of(answer)["code"]) == (503, "not_ready")
+                assert int(answer.headers["retry-after"]) >= 1
+        world.app.state.service._loop.call_soon_threadsafe(go_on.set)
+        until(lambda: client.get("/ready").status_code == 200)
+        assert world.complete(client, "a").status_code == 200
+
+
+def test_an_engine_that_does_not_start(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def refuse() -> None:
+        raise SettingsError("vLLM did not start")
+
+    world.engine.start = refuse  # type: ignore[method-assign]
+    with served(world.app, ready=False) as url:
+        until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        answer = httpx.get(f"{url}/ready")
+        assert (answer.status_code, answer.json()) == (503, {"status": "the engine did not start; the log says why"})
+    # as foreword serve, which ends, and says why
+    with pytest.raises(SettingsError, match="vLLM did not start"):
+        run(World(tmp_path / "another", engine=world.engine).app, port=0)
 
 
 def test_stopping_lets_texts_end(tmp_path: Path) -> None:

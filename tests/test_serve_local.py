@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -11,15 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from serving import ENDS, copy_of, prefix_for, reference_base, words_base
+from serving import ENDS, copy_of, prefix_for, reference_base, save, words_base
 from tiny import CONTEXT
 
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import frame
-from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, TooLongError, WrongBaseError
+from foreword.errors import (
+    MissingExtraError,
+    NoSuchPrefixError,
+    PrefixFileError,
+    SettingsError,
+    TooLongError,
+    WrongBaseError,
+)
 from foreword.generation import GenerateSettings, generate
 from foreword.prefix import Card, Framing, Prefix
+from foreword.serve.choose import choose_engine
 from foreword.serve.engine import EngineStoppedError, Piece, Request, Sampling
 from foreword.serve.local import LocalEngine, _bytes_a_token
 from foreword.serve.runner import Runner
@@ -409,3 +418,15 @@ def vocabulary(base: Base) -> dict[int, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {byte: base.tokenizer.convert_tokens_to_ids(symbol) for byte, symbol in bytes_to_unicode().items()}  # type: ignore[misc]
+
+
+def test_without_vllm(llama: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name, such as a clone that lies there, is not vLLM."""
+    folder = save(llama.base, tmp_path / "base")
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("vllm") is not None
+    base, engine = choose_engine("auto", folder, llama.store)
+    assert (engine.name, base.fingerprint) == ("local", llama.base.fingerprint)
+    with pytest.raises(MissingExtraError, match="this needs the package 'vllm', which is not installed: pip install"):
+        choose_engine("vllm", folder, llama.store)

@@ -513,8 +513,13 @@ def test_an_encoder_decoder_base(tmp_path: Path) -> None:
         long = "x" * (CONTEXT - 3)  # <s>, a line break and </s> more
         for prompt in ("xy", long):
             expected = {
-                name: generate(base, [prompt], [given], framing=framing, settings=GenerateSettings(max_new_tokens=LIMIT))[0]
-                for name, given, framing in (("summary", prefix, None), ("tiny-bart", None, Framing(template="{input}")))
+                name: generate(
+                    base, [prompt], [given], framing=framing, settings=GenerateSettings(max_new_tokens=LIMIT)
+                )[0]
+                for name, given, framing in (
+                    ("summary", prefix, None),
+                    ("tiny-bart", None, Framing(template="{input}")),
+                )
             }
             assert expected["summary"] != expected["tiny-bart"]
             for name, text in expected.items():

@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 from serving import ENGINES, copy_of, prefix_for, served, words_base
@@ -44,8 +43,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         reference = words_base("llama", **SIZES["llama"] | {"max_position_embeddings": CONTEXT})
         budget = 6 * 4 * prefix_for(reference, 11).num_parameters
         base = served_base(reference, folder)
-        # 9 blocks of 32 tokens: four or five rows, of which each grows into a second block
-        options = OPTIONS | {"num_gpu_blocks_override": 10, "max_num_seqs": 16}
+        # blocks of 32 tokens, of which a row takes one to three
+        options = OPTIONS | {"num_gpu_blocks_override": 8, "max_num_seqs": 16}
         engine = VllmEngine(base, store, budget=budget, options=options)
     else:
         reference = words_base("llama")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import secrets
+import signal
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,6 +136,9 @@ class PrefixConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        if multiprocessing.parent_process() is not None:
+            # Ctrl-C goes to all processes of a terminal; the server lets its texts end, and then ends vLLM's with SIGTERM
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._side: _Scheduler | _Worker
         if role == KVConnectorRole.SCHEDULER:
             self._side = self._scheduler = _Scheduler(vllm_config, kv_cache_config)

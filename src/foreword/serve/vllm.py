@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VllmEngine", "base_for_vllm"]
 
-LONGEST_GRACE = 24 * 3600
-"""Seconds."""
 MAX_LENGTHS = 1 << 17
 """How many contents are remembered as checked, a number each."""
 
@@ -117,8 +115,6 @@ class VllmEngine(Engine):
             "tensor_parallel_size": ranks,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
-            # a signal to all processes at once, as a terminal sends it, has vLLM's end their texts too; until when is ours to say
-            "shutdown_timeout": LONGEST_GRACE,
             "kv_transfer_config": KVTransferConfig(**connector),
         }
         if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
