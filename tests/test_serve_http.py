@@ -512,7 +512,7 @@ def test_who_hangs_up_frees_the_row(tmp_path: Path, stream: bool, held: bool) ->
         loop_free(world)
         world.engine.script = lambda request: ["done"]
         assert world.complete(client).json()["choices"][0]["text"] == "done"
-        assert figures(client)["foreword_abandoned_total", ()] == 1
+        until(lambda: figures(client)["foreword_abandoned_total", ()] == 1)
 
 
 def figures(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -540,7 +540,7 @@ def test_an_error_amid_a_stream(tmp_path: Path) -> None:
             raise RuntimeError("out of memory, said the engine of Secret's text")
         return ["fine"]
 
-    world = World(tmp_path, script=script, timeout=0.5)
+    world = World(tmp_path, script=script)
     with world.running(), world.http() as client:
         for stream in (False, True):
             answer = world.complete(client, prompt=[5], stream=stream)
@@ -553,9 +553,8 @@ def test_an_error_amid_a_stream(tmp_path: Path) -> None:
                 yield piece
                 self.open.clear()
 
-    world = World(tmp_path / "stuck", timeout=0.5)
-    world.app.state.service.engine = world.engine = Stuck()
-    world.app.state.service.catalog.engine = world.engine
+    # the first piece has to come in that time
+    world = World(tmp_path / "stuck", engine=Stuck(), timeout=1.0)
     with world.running(), world.http() as client:
         answer = world.complete(client, stream=True)
         assert answer.status_code == 200
@@ -655,8 +654,11 @@ def test_metrics(world: World) -> None:
             world.complete(client, model, n=2)
         client.get("/nowhere/" + "x" * 50)
         client.get("/v1/models/" + "y" * 50)
-        told = figures(client)
         route = ("route", "/v1/completions")
+        # requests are counted once their answers are out
+        until(lambda: figures(client).get(("foreword_request_seconds_count", (route,))) == 4)
+        until(lambda: ("foreword_request_seconds_count", (("route", "/v1/models/{model:path}"),)) in figures(client))
+        told = figures(client)
         assert told["foreword_requests_total", (route, ("status", "200"))] == 3
         assert told["foreword_requests_total", (route, ("status", "404"))] == 1
         assert told["foreword_requests_total", (("route", "none"), ("status", "404"))] == 1
@@ -681,6 +683,8 @@ def test_logs(world: World, caplog: pytest.LogCaptureFixture) -> None:
         answer = world.complete(client, "a", prompt="private words")
         id = answer.headers["x-request-id"]
         assert re.fullmatch("[0-9a-f]{32}", id)
+        # an engine's log tells which request its text is of
+        assert re.fullmatch(f"{id}-[0-9a-f]{{12}}", world.engine.requests[-1].id)
         for given, kept in [("abc-1", True), ("a" * 65, False), ('a"b', False)]:
             answer = client.get("/v1/models", headers={"x-request-id": given})
             assert (answer.headers["x-request-id"] == given) is kept

@@ -242,6 +242,7 @@ class Service:
 
     def texts(
         self,
+        request: HttpRequest,
         entry: Entry | None,
         prompts: Sequence[Sequence[int]],
         n: int,
@@ -251,6 +252,7 @@ class Service:
         """n texts for each prompt.
 
         Args:
+            request: that asks for them; its id begins theirs, in an engine's log.
             max_tokens: None for what the context leaves.
             sampling: the other arguments of `Sampling`.
 
@@ -282,7 +284,8 @@ class Service:
             for _ in range(n):
                 own = None if seed is None else (seed + len(requests)) % (1 << 63)
                 how = Sampling(max_tokens=limit, seed=own, **sampling)
-                requests.append(Request(id=uuid.uuid4().hex, tokens=tuple(tokens), prefix=version, sampling=how))
+                id = f"{request.state.request_id}-{uuid.uuid4().hex[:12]}"
+                requests.append(Request(id=id, tokens=tuple(tokens), prefix=version, sampling=how))
         return Texts(requests=requests, input_tokens=sum(map(len, prompts)))
 
     # y
