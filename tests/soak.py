@@ -102,7 +102,7 @@ class Soak:
                     draw.random() * self.seconds,
                     draw.choice([*names, *[None] * (1 + len(names) // 10)]),
                     draw.choice(prompts),
-                    draw.choice((1, 3, 7, 12)),
+                    draw.choice((1, 3, 7, 23)),
                     stream=draw.random() < 0.5,
                 )
                 for _ in range(self.requests)

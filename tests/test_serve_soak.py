@@ -20,7 +20,7 @@ from foreword.serve.vllm import VllmEngine
 from foreword.store import Store, Version
 
 REQUESTS = int(os.environ.get("FOREWORD_SOAK", "200"))
-"""Set it to 2000 for the long one."""
+"""Of the slow one; set it to 2000 for a long one."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         budget = 6 * 4 * prefix_for(reference, 11).num_parameters
         base = served_base(reference, folder)
         # blocks of 32 tokens, of which a row takes one to three
-        options = OPTIONS | {"num_gpu_blocks_override": 8, "max_num_seqs": 16}
+        options = OPTIONS | {"num_gpu_blocks_override": 6, "max_num_seqs": 16}
         engine = VllmEngine(base, store, budget=budget, options=options)
     else:
         reference = words_base("llama")
@@ -56,23 +56,23 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield World(reference, store, engine, url)
 
 
-def test_soak(world: World) -> None:
+@pytest.mark.parametrize("requests", [60, pytest.param(REQUESTS, marks=pytest.mark.slow)])
+def test_soak(world: World, requests: int) -> None:
     engine = world.engine
-    soak = Soak(world.reference, world.url, "tiny-llama", requests=REQUESTS, seconds=REQUESTS / 60)
+    soak = Soak(world.reference, world.url, "tiny-llama", requests=requests, seconds=requests / 60)
     asyncio.run(soak.run())
     figures = engine.figures()
     assert (figures.running, figures.waiting) == (0, 0)
     assert figures.evictions > 0
     assert figures.resident_bytes <= figures.budget_bytes
-    if engine.name == "vllm":
+    if engine.name == "vllm" and requests >= 200:
         assert figures.more["preemptions"] > 0
-        assert figures.more["cache_hits"] > 0
     counts = soak.check()
     print(counts, figures)
-    assert counts["same"] + counts["tied"] + counts["no such prefix"] == REQUESTS
-    assert counts["same"] > 0.6 * REQUESTS
+    assert counts["same"] + counts["tied"] + counts["no such prefix"] == requests
+    assert counts["same"] > 0.6 * requests
     assert counts["bare"] > 0
-    assert counts["changes"] > REQUESTS / 50
+    assert counts["changes"] > requests / 50
     assert list(world.store.verify()) == []
 
 
