@@ -270,6 +270,28 @@ def test_logprobs(world: World, client: openai.OpenAI) -> None:
         assert one.bytes is None or bytes(one.bytes).decode() == one.token
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 2, "top_p": 1e-9, "seed": -(2**63), "logprobs": 20},
+        {"temperature": 1e-300, "seed": -1},
+        {"temperature": 0.01, "top_p": 1, "seed": 2**63 - 1, "n": 3},
+        {"temperature": 0, "top_p": 1e-300, "logprobs": 0, "stop": ["\U0010ffff" * 1000] * 16},
+        {"max_tokens": 118, "prompt": [0] * 8},
+        {"max_tokens": 1, "prompt": [262] * 125},
+    ],
+    ids=str,
+)
+def test_what_is_just_allowed(client: openai.OpenAI, how: dict[str, Any]) -> None:
+    answer = client.completions.create(**{"model": "plain", "prompt": "some text", "max_tokens": LIMIT, **how})
+    assert len(answer.choices) == how.get("n", 1)
+    assert {choice.finish_reason for choice in answer.choices} <= {"stop", "length"}
+    if how.get("top_p", 1) < 1 or how.get("temperature", 1) <= 0.01:
+        greedy = {**how, "temperature": 0, "top_p": 1, "n": 1}
+        expected = client.completions.create(**{"model": "plain", "prompt": "some text", "max_tokens": LIMIT, **greedy})
+        assert {choice.text for choice in answer.choices} == {expected.choices[0].text}
+
+
 MESSAGES: list[Any] = [
     {"role": "developer", "content": "Be brief."},
     {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]},
@@ -324,6 +346,7 @@ def test_chat_is_refused(world: World, client: openai.OpenAI) -> None:
         ({"model": "nobody"}, "no model 'nobody'"),
         ({"model": "a\nb"}, "no model"),
         ({"temperature": -1}, "temperature: "),
+        ({"temperature": 2.01}, "temperature: "),
         ({"n": 0}, "n: "),
         ({"n": 128, "prompt": ["a", "b", "c"]}, "expected at most 256 texts of one request; got 384"),
         ({"prompt": ""}, ""),
