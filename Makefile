@@ -35,7 +35,7 @@ setup-vllm: .venv-vllm/.ready
 	touch $@
 
 test-vllm: setup-vllm
-	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm*.py
+	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm*.py tests/test_serve_openai.py tests/test_serve_process.py tests/test_serve_soak.py
 
 check: setup
 	scripts/check

@@ -11,6 +11,9 @@ In each question two sides take turns, round by round, in one process and warm; 
     first     seconds to the first token of a request by itself, whose prefix is not in memory, against one whose is. Goal:
               at most 1.2 times. The file may be in the system's cache.
 
+What prefixes cost on vLLM is another file's question, benchmarks/serve_vllm_speed.py, which runs in vLLM's own environment
+(make setup-vllm) and writes to benchmarks/results/serve_vllm_speed.json.
+
 Prefixes are the base's activations on a text, with a little noise, so that each is another and texts stay texts.
 """
 

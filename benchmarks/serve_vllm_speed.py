@@ -267,6 +267,9 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--rounds", type=int, help="that count")
     parser.add_argument("--json", type=Path, help="add the figures to those there")
+    parser.add_argument(
+        "--more", action="store_true", help="the part's rounds there count too, of an engine started before"
+    )
     arguments = parser.parse_args()
     measure, rounds = PARTS[arguments.part]
     rounds = arguments.rounds or rounds
@@ -274,6 +277,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "store", create=True)
         found = asyncio.run(measure(base, store, rounds))
+    figures = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.is_file() else {}
+    if arguments.more:
+        found = {name: figures[arguments.part]["values"][name] + values for name, values in found.items()}
+        rounds += figures[arguments.part]["rounds"]
     unit = "ms" if arguments.part == "first-token" else "tokens/s"
     medians = {name: statistics.median(values) for name, values in found.items()}
     told = ratios(arguments.part, medians)
@@ -286,7 +293,6 @@ def main() -> None:
         goal = next(goal for start, goal in GOALS.items() if name.startswith(start))
         console.print(f"{name}: {ratio:.3f}; goal: {'at most' if 'first' in name else 'at least'} {goal}")
     if arguments.json is not None:
-        figures = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {}
         figures[arguments.part] = {
             "unit": unit,
             "rounds": rounds,

@@ -11,6 +11,7 @@ import hashlib
 import random
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,14 +95,14 @@ class Soak:
             for name in names:
                 await self._put(admin, name)
             changing = asyncio.create_task(self._change(admin, names, random.Random(self.seed + 1)))
-            prompts = [" ".join(f"w{draw.randrange(250)}" for _ in range(n)) for n in (1, 2, 5, 13, 29)]
+            prompts = [" ".join(f"w{draw.randrange(250)}" for _ in range(n)) for n in (1, 2, 5, 13, 29, 47)]
             asked = [
                 self._ask(
                     client,
                     draw.random() * self.seconds,
-                    draw.choice([*names, None]),
+                    draw.choice([*names, *[None] * (1 + len(names) // 10)]),
                     draw.choice(prompts),
-                    draw.choice((1, 3, 7, 12)),
+                    draw.choice((1, 3, 7, 23)),
                     stream=draw.random() < 0.5,
                 )
                 for _ in range(self.requests)
@@ -171,20 +172,20 @@ class Soak:
         """Compare all answers. Returns how many there were of each kind."""
         assert len(self.answers) == self.requests, "none is lost"
         counts = {"same": 0, "tied": 0, "no such prefix": 0, "bare": 0, "changes": self.made - self.prefixes}
-        alone: dict[tuple[str | None, str, int], list[tuple[int, float]]] = {}
+        known: dict[tuple[str | None, str, int, str], bool] = {}
         for answer in self.answers:
             possible = self._possible(answer)
             if answer.text is None:
-                assert None in possible
+                assert None in possible, f"no such prefix as {answer.name!r}, though there was one"
                 assert answer.name is not None
                 counts["no such prefix"] += 1
                 continue
             assert answer.sha256 in possible
             counts["bare"] += answer.name is None
-            key = answer.sha256, answer.prompt, answer.limit
-            if key not in alone:
-                alone[key] = self._alone(*key)
-            counts["same" if self._same(answer.text, alone[key]) else "tied"] += 1
+            key = answer.sha256, answer.prompt, answer.limit, answer.text
+            if key not in known:
+                known[key] = self._same(*key)
+            counts["same" if known[key] else "tied"] += 1
         assert counts["tied"] <= SHARE * self.requests
         return counts
 
@@ -197,36 +198,33 @@ class Soak:
         return {*before[-1:], *(c.sha256 for c in changes if c.ended > answer.began and c.began < answer.ended)}
 
     @torch.no_grad()
-    def _alone(self, sha256: str | None, prompt: str, limit: int) -> list[tuple[int, float]]:
-        """Greedy tokens, everything computed anew for each, and how far the best logit is from the next."""
+    def _same(self, sha256: str | None, prompt: str, limit: int, text: str) -> bool:
+        """Whether a text is the greedy one of its request alone; false where it parts from that at a tie, and an error elsewhere.
+
+        One pass over x and the text tells whether each of its tokens is the likeliest after those before; one pass more
+        for each token that has no text, where the base says so.
+        """
         prefix = None if sha256 is None else self.contents[sha256]
         framing = Framing(template="{input}") if prefix is None else prefix.card.framing
         x = frame(self.base, {"input": prompt}, framing)
-        said: list[tuple[int, float]] = []
-        attachment = None if prefix is None else attach(self.base.model, prefix)
-        try:
-            while len(said) < limit and (not said or said[-1][0] != self.base.end_id):
-                logits = self.base.model(input_ids=torch.tensor([[*x, *(t for t, _ in said)]]), use_cache=False).logits
-                (best, second), (token, _) = (v.tolist() for v in logits[0, -1].topk(2))
-                said.append((token, best - second))
-        finally:
-            if attachment is not None:
-                attachment.detach()
-        return said
-
-    def _same(self, text: str, said: Sequence[tuple[int, float]]) -> bool:
-        """Whether a text is of these tokens; false where it parts from them at a tie, and an error elsewhere."""
-        words = text.split()
-        place = 0
-        for token, lead in said:
-            word = self.base.decode([token])
-            if word and (place >= len(words) or words[place] != word):
-                assert lead < CLOSE, (
-                    f"{text!r} is not {self.base.decode([t for t, _ in said])!r}: {lead} apart at {place}"
-                )
-                return False
-            place += bool(word)
-        assert place == len(words), f"{text!r} goes on after {self.base.decode([t for t, _ in said])!r}"
+        left: list[int] = self.base.tokenizer.convert_tokens_to_ids(text.split())
+        said: list[int] = []
+        with nullcontext() if prefix is None else attach(self.base.model, prefix):
+            while len(said) < limit and self.base.end_id not in said:
+                logits = self.base.model(input_ids=torch.tensor([[*x, *said, *left]]), use_cache=False).logits
+                values, tokens = logits[0, len(x) + len(said) - 1 :].topk(2)
+                for (best, second), token in zip(values.tolist(), tokens[:, 0].tolist(), strict=True):
+                    if len(said) == limit:
+                        break
+                    if not self.base.decode([token]):
+                        said.append(token)
+                        break
+                    if not left or left[0] != token:
+                        what = f"{best - second} apart at {len(said)}: {text!r} is not {self.base.decode([*said, token])!r}"
+                        assert best - second < CLOSE, what
+                        return False
+                    said.append(left.pop(0))
+        assert not left, f"{text!r} goes on after {self.base.decode(said)!r}"
         return True
 
 

@@ -24,7 +24,7 @@ from serving import make_base, prefix_for, reference_base, served, until
 import foreword
 from foreword.errors import SettingsError
 from foreword.prefix import Card, Prefix
-from foreword.serve import FakeEngine, Figures, Key, KeyFile, Request, Settings, create_app
+from foreword.serve import FakeEngine, Figures, Key, KeyFile, Request, Settings, create_app, run
 from foreword.serve.catalog import Catalog
 from foreword.serve.limits import Limits, TooManyError
 from foreword.serve.logs import JsonFormatter
@@ -43,11 +43,12 @@ class World:
         *,
         keys: bool = False,
         script: Callable[[Request], Sequence[str]] | None = None,
+        engine: FakeEngine | None = None,
         **settings: Any,
     ):
         self.base = reference_base("llama")
         self.store = Store(folder / "store", create=True)
-        self.engine = FakeEngine() if script is None else FakeEngine(script)
+        self.engine = engine or (FakeEngine() if script is None else FakeEngine(script))
         self.keys = KeyFile(folder / "keys.json") if keys else None
         self.app = create_app(self.base, self.store, engine=self.engine, keys=self.keys, settings=Settings(**settings))
         self.url = ""
@@ -511,7 +512,7 @@ def test_who_hangs_up_frees_the_row(tmp_path: Path, stream: bool, held: bool) ->
         loop_free(world)
         world.engine.script = lambda request: ["done"]
         assert world.complete(client).json()["choices"][0]["text"] == "done"
-        assert figures(client)["foreword_abandoned_total", ()] == 1
+        until(lambda: figures(client)["foreword_abandoned_total", ()] == 1)
 
 
 def figures(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -539,7 +540,7 @@ def test_an_error_amid_a_stream(tmp_path: Path) -> None:
             raise RuntimeError("out of memory, said the engine of Secret's text")
         return ["fine"]
 
-    world = World(tmp_path, script=script, timeout=0.5)
+    world = World(tmp_path, script=script)
     with world.running(), world.http() as client:
         for stream in (False, True):
             answer = world.complete(client, prompt=[5], stream=stream)
@@ -552,9 +553,8 @@ def test_an_error_amid_a_stream(tmp_path: Path) -> None:
                 yield piece
                 self.open.clear()
 
-    world = World(tmp_path / "stuck", timeout=0.5)
-    world.app.state.service.engine = world.engine = Stuck()
-    world.app.state.service.catalog.engine = world.engine
+    # the first piece has to come in that time
+    world = World(tmp_path / "stuck", engine=Stuck(), timeout=1.0)
     with world.running(), world.http() as client:
         answer = world.complete(client, stream=True)
         assert answer.status_code == 200
@@ -566,6 +566,47 @@ def test_an_error_amid_a_stream(tmp_path: Path) -> None:
             loop.call_soon_threadsafe(world.engine.open.set)
             with pytest.raises(openai.APIError, match="longer than this server allows"):
                 list(theirs.completions.create(model=BASE, prompt="a", stream=True))
+
+
+def test_before_the_engine_has_started(tmp_path: Path) -> None:
+    """The process is well, and wants no requests."""
+    world = World(tmp_path)
+    world.put("a")
+    go_on, start = asyncio.Event(), world.engine.start
+
+    async def slowly() -> None:
+        await go_on.wait()
+        await start()
+
+    world.engine.start = slowly  # type: ignore[method-assign]
+    with served(world.app, ready=False) as world.url, world.http() as client:
+        assert client.get("/health").status_code == 200
+        answer = client.get("/ready")
+        assert (answer.status_code, answer.json()) == (503, {"status": "starting"})
+        for model in (BASE, "a"):
+            for stream in (False, True):
+                answer = world.complete(client, model, stream=stream)
+                assert (answer.status_code, error_of(answer)["code"]) == (503, "not_ready")
+                assert int(answer.headers["retry-after"]) >= 1
+        world.app.state.service._loop.call_soon_threadsafe(go_on.set)
+        until(lambda: client.get("/ready").status_code == 200)
+        assert world.complete(client, "a").status_code == 200
+
+
+def test_an_engine_that_does_not_start(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def refuse() -> None:
+        raise SettingsError("vLLM did not start")
+
+    world.engine.start = refuse  # type: ignore[method-assign]
+    with served(world.app, ready=False) as url:
+        until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        answer = httpx.get(f"{url}/ready")
+        assert (answer.status_code, answer.json()) == (503, {"status": "the engine did not start; the log says why"})
+    # as foreword serve, which ends, and says why
+    with pytest.raises(SettingsError, match="vLLM did not start"):
+        run(World(tmp_path / "another", engine=world.engine).app, port=0)
 
 
 def test_stopping_lets_texts_end(tmp_path: Path) -> None:
@@ -583,7 +624,7 @@ def test_stopping_lets_texts_end(tmp_path: Path) -> None:
         until(lambda: other.get("/ready").status_code == 503)
         assert other.get("/health").status_code == 200
         answer = world.complete(other)
-        assert (answer.status_code, error_of(answer)["code"]) == (503, "stopping")
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "not_ready")
         loop_free(world)
         for thread in threads:
             thread.join()
@@ -600,7 +641,7 @@ def test_stopping_cuts_off_what_takes_too_long(tmp_path: Path) -> None:
         until(lambda: len(world.engine.requests) == 1)
         world.app.state.service.stop_soon()
         thread.join(20)
-        assert (answers[0].status_code, error_of(answers[0])["code"]) == (503, "stopping")
+        assert (answers[0].status_code, error_of(answers[0])["code"]) == (503, "not_ready")
 
 
 # figures and logs
@@ -613,8 +654,11 @@ def test_metrics(world: World) -> None:
             world.complete(client, model, n=2)
         client.get("/nowhere/" + "x" * 50)
         client.get("/v1/models/" + "y" * 50)
-        told = figures(client)
         route = ("route", "/v1/completions")
+        # requests are counted once their answers are out
+        until(lambda: figures(client).get(("foreword_request_seconds_count", (route,))) == 4)
+        until(lambda: ("foreword_request_seconds_count", (("route", "/v1/models/{model:path}"),)) in figures(client))
+        told = figures(client)
         assert told["foreword_requests_total", (route, ("status", "200"))] == 3
         assert told["foreword_requests_total", (route, ("status", "404"))] == 1
         assert told["foreword_requests_total", (("route", "none"), ("status", "404"))] == 1
@@ -639,6 +683,8 @@ def test_logs(world: World, caplog: pytest.LogCaptureFixture) -> None:
         answer = world.complete(client, "a", prompt="private words")
         id = answer.headers["x-request-id"]
         assert re.fullmatch("[0-9a-f]{32}", id)
+        # an engine's log tells which request its text is of
+        assert re.fullmatch(f"{id}-[0-9a-f]{{12}}", world.engine.requests[-1].id)
         for given, kept in [("abc-1", True), ("a" * 65, False), ('a"b', False)]:
             answer = client.get("/v1/models", headers={"x-request-id": given})
             assert (answer.headers["x-request-id"] == given) is kept

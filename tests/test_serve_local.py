@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -11,15 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from serving import ENDS, copy_of, prefix_for, reference_base, words_base
+from serving import ENDS, copy_of, prefix_for, reference_base, save, words_base
 from tiny import CONTEXT
 
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import frame
-from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, TooLongError, WrongBaseError
+from foreword.errors import (
+    MissingExtraError,
+    NoSuchPrefixError,
+    PrefixFileError,
+    SettingsError,
+    TooLongError,
+    WrongBaseError,
+)
 from foreword.generation import GenerateSettings, generate
 from foreword.prefix import Card, Framing, Prefix
+from foreword.serve.choose import choose_engine
 from foreword.serve.engine import EngineStoppedError, Piece, Request, Sampling
 from foreword.serve.local import LocalEngine, _bytes_a_token
 from foreword.serve.runner import Runner
@@ -149,7 +158,7 @@ def test_rows_are_put_off_and_go_on(llama: World, monkeypatch: pytest.MonkeyPatc
     left: list[int] = []
     leave = Runner.leave
     monkeypatch.setattr(Runner, "leave", lambda self, row: left.append(len(row.y)) or leave(self, row))
-    monkeypatch.setattr("foreword.serve.local._ends", lambda base: set())
+    monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
     asked = [(f"text {i}" * (1 + i % 3), [None, "five", "two"][i % 3]) for i in range(7)]
 
     async def run() -> list[str]:
@@ -160,7 +169,7 @@ def test_rows_are_put_off_and_go_on(llama: World, monkeypatch: pytest.MonkeyPatc
             return [text_of(pieces) for pieces in await asyncio.gather(*(pieces_of(engine, one) for one in requests))]
 
     answers = asyncio.run(run())
-    monkeypatch.setattr("foreword.generation._ends", lambda base: set())
+    monkeypatch.setattr("foreword.generation.end_ids", lambda base: set())
     assert answers == [llama.alone(text, name, max_new_tokens=60) for text, name in asked]
     assert len(left) > 7, "some have left more than once"
     assert sum(length == 60 for length in left) == 7
@@ -233,7 +242,7 @@ def test_any_seed_where_none_is_given(llama: World) -> None:
 
 
 def test_who_leaves_frees_the_row(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreword.serve.local._ends", lambda base: set())
+    monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
 
     async def run() -> None:
         async with llama.engine(max_rows=2) as engine:
@@ -350,7 +359,7 @@ def test_a_failed_step_is_survived(
 
 
 def test_stopping(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreword.serve.local._ends", lambda base: set())
+    monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
 
     async def run() -> None:
         async with llama.engine(max_rows=1) as engine:
@@ -409,3 +418,15 @@ def vocabulary(base: Base) -> dict[int, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {byte: base.tokenizer.convert_tokens_to_ids(symbol) for byte, symbol in bytes_to_unicode().items()}  # type: ignore[misc]
+
+
+def test_without_vllm(llama: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name, such as a clone that lies there, is not vLLM."""
+    folder = save(llama.base, tmp_path / "base")
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("vllm") is not None
+    base, engine = choose_engine("auto", folder, llama.store)
+    assert (engine.name, base.fingerprint) == ("local", llama.base.fingerprint)
+    with pytest.raises(MissingExtraError, match="this needs the package 'vllm', which is not installed: pip install"):
+        choose_engine("vllm", folder, llama.store)

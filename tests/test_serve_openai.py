@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
-from serving import chat_base, copy_of, make_base, prefix_for, served
+from prometheus_client.parser import text_string_to_metric_families
+from serving import ENDS, ENGINES, chat_base, copy_of, make_base, prefix_for, served, until
+from tiny import CONTEXT
+from vllm_harness import BLOCK, OPTIONS, SIZES, served_base
 
 from foreword.bases import Base
 from foreword.data import frame
 from foreword.generation import GenerateSettings, generate
-from foreword.prefix import Framing, Prefix
+from foreword.prefix import Card, Framing, Prefix
+from foreword.serve.engine import Engine
 from foreword.serve.http import create_app
 from foreword.serve.local import LocalEngine
+from foreword.serve.service import Settings
+from foreword.serve.vllm import VllmEngine
 from foreword.store import Store
 
 BASE = "tiny-llama"
@@ -29,23 +37,49 @@ LIMIT = 11
 class World:
     """A running server, and what its answers have to be."""
 
-    def __init__(self, folder: Path):
-        self.base = chat_base()
+    def __init__(self, folder: Path, engine: str):
+        # of one size, so that both engines are asked the same
+        self.base = chat_base(**SIZES["llama"] | {"max_position_embeddings": CONTEXT})
+        with torch.no_grad():
+            # or hardly any text were longer than a few tokens, and readable
+            self.base.model.lm_head.weight[[t for t in range(256) if not self.base.decode([t]).isascii()]] *= 0.6
+            self.base.model.lm_head.weight[ENDS] *= 0.7
         self.prefixes = {
             "plain": prefix_for(self.base, 5),
-            "Zoë / 7": self.talkative("Say {input}="),
+            "Zoë / 7": prefix_for(self.base, 3, template="Say {input}="),
             "told": prefix_for(self.base, 4, template="{name}: {input} ({price})"),
             "chatty": prefix_for(self.base, 6, chat=True),
         }
-        self.store = Store(folder / "store", create=True)
+        self.folder = folder / "store"
+        self.store = Store(self.folder, create=True)
         for name, prefix in self.prefixes.items():
             self.store.put(name, prefix, dtype=torch.float32)
+        self.engine: Engine
+        if engine == "vllm":
+            base = served_base(self.base, folder)
+            options = OPTIONS | {"num_gpu_blocks_override": 64, "max_num_seqs": 16}
+            self.engine = VllmEngine(base, self.store, options=options)
+        else:
+            base = copy_of(self.base)
+            self.engine = LocalEngine(base, self.store, max_rows=5)
+        self.app = create_app(base, self.store, engine=self.engine)
         self.url = ""
 
-    def talkative(self, template: str) -> Prefix:
-        """A prefix with which the base does not end its text at once."""
-        prefixes = (prefix_for(self.base, 3, seed=seed, template=template) for seed in range(99))
-        return next(prefix for prefix in prefixes if generate(self.base, ["some text"], [prefix])[0])
+    def put(self, name: str, prefix: Prefix) -> Path:
+        """Store a prefix, for one test. Returns its file."""
+        self.prefixes[name] = prefix
+        sha256 = self.store.put(name, prefix, dtype=torch.float32).sha256
+        (file,) = self.folder.rglob(f"*{sha256}.safetensors")
+        return file
+
+    def delete(self, *names: str) -> None:
+        for name in names:
+            self.store.delete(name)
+            self.prefixes.pop(name)
+
+    def idle(self) -> bool:
+        figures = self.engine.figures()
+        return self.app.state.service.limits.under_way == figures.running == figures.waiting == 0
 
     def alone(self, x: Any, name: str, *, framing: Framing | None = None, **settings: Any) -> str:
         prefix = self.prefixes.get(name)
@@ -57,12 +91,10 @@ class World:
         return len(frame(self.base, {"input": text}, framing))
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("openai"))
-    copied = copy_of(world.base)
-    app = create_app(copied, world.store, engine=LocalEngine(copied, world.store, max_rows=5))
-    with served(app) as url:
+@pytest.fixture(scope="module", params=ENGINES)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("openai"), request.param)
+    with served(world.app) as url:
         world.url = url
         yield world
 
@@ -138,7 +170,12 @@ def test_several_prompts_and_n(world: World, client: openai.OpenAI) -> None:
     answer = client.completions.create(**how)
     assert [choice.index for choice in answer.choices] == list(range(6))
     for i, choice in enumerate(answer.choices):
-        assert choice.text == world.alone(prompts[i // 2], "plain", temperature=1.0, seed=7 + i)
+        one = {"prompt": prompts[i // 2], "seed": 7 + i, "n": 1}
+        if world.engine.name == "local":
+            assert choice.text == world.alone(one["prompt"], "plain", temperature=1.0, seed=one["seed"])
+        else:
+            # vLLM draws otherwise than we do, but always the same
+            assert choice.text == client.completions.create(**how | one).choices[0].text
     assert len({choice.text for choice in answer.choices}) > 4
     texts = [""] * 6
     for chunk in client.completions.create(**how, stream=True):
@@ -179,12 +216,11 @@ def test_framing(world: World, client: openai.OpenAI) -> None:
 
 
 def test_stop(world: World, client: openai.OpenAI) -> None:
-    whole = next(
+    prompt, text = next(
         (prompt, text)
         for prompt in map(str, range(100))
         if len(text := world.alone(prompt, "plain", max_new_tokens=30)) > 8 and "\ufffd" not in text[:6]
     )
-    prompt, text = whole
     for stop in (text[3:5], ["never", text[4]]):
         stops = [stop] if isinstance(stop, str) else stop
         expected = world.alone(prompt, "plain", max_new_tokens=30, stop=stops)
@@ -232,6 +268,28 @@ def test_logprobs(world: World, client: openai.OpenAI) -> None:
         assert len(one.top_logprobs) == 2
         assert one.logprob == one.top_logprobs[0].logprob > one.top_logprobs[1].logprob
         assert one.bytes is None or bytes(one.bytes).decode() == one.token
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 2, "top_p": 1e-9, "seed": -(2**63), "logprobs": 20},
+        {"temperature": 1e-300, "seed": -1},
+        {"temperature": 0.01, "top_p": 1, "seed": 2**63 - 1, "n": 3},
+        {"temperature": 0, "top_p": 1e-300, "logprobs": 0, "stop": ["\U0010ffff" * 1000] * 16},
+        {"max_tokens": 118, "prompt": [0] * 8},
+        {"max_tokens": 1, "prompt": [262] * 125},
+    ],
+    ids=str,
+)
+def test_what_is_just_allowed(client: openai.OpenAI, how: dict[str, Any]) -> None:
+    answer = client.completions.create(**{"model": "plain", "prompt": "some text", "max_tokens": LIMIT, **how})
+    assert len(answer.choices) == how.get("n", 1)
+    assert {choice.finish_reason for choice in answer.choices} <= {"stop", "length"}
+    if how.get("top_p", 1) < 1 or how.get("temperature", 1) <= 0.01:
+        greedy = {**how, "temperature": 0, "top_p": 1, "n": 1}
+        expected = client.completions.create(**{"model": "plain", "prompt": "some text", "max_tokens": LIMIT, **greedy})
+        assert {choice.text for choice in answer.choices} == {expected.choices[0].text}
 
 
 MESSAGES: list[Any] = [
@@ -288,6 +346,7 @@ def test_chat_is_refused(world: World, client: openai.OpenAI) -> None:
         ({"model": "nobody"}, "no model 'nobody'"),
         ({"model": "a\nb"}, "no model"),
         ({"temperature": -1}, "temperature: "),
+        ({"temperature": 2.01}, "temperature: "),
         ({"n": 0}, "n: "),
         ({"n": 128, "prompt": ["a", "b", "c"]}, "expected at most 256 texts of one request; got 384"),
         ({"prompt": ""}, ""),
@@ -361,6 +420,145 @@ def test_asynchronous_chat(world: World) -> None:
 
     expected = world.alone({"messages": FLAT}, "chatty", framing=Framing(chat=True))
     assert asyncio.run(run()) == (expected, expected)
+
+
+def test_two_tenants_ask_the_same(world: World) -> None:
+    """At the same time, with as many virtual tokens each, and an x that fills blocks of vLLM's cache."""
+    world.put("tenant", prefix_for(world.base, 5, seed=1))
+    names = ("plain", "tenant", BASE)
+    prompts = (f"{n}: " + "the very same text, of two tenants " * 2 for n in range(99))
+    prompt = next(prompt for prompt in prompts if all(world.alone(prompt, name) for name in names))
+    expected = {name: world.alone(prompt, name) for name in names}
+    assert len(set(expected.values())) == 3
+    before = world.engine.figures().more.get("cache_hits", 0)
+
+    async def run() -> list[tuple[str, str]]:
+        async with asynchronous(world) as client:
+
+            async def ask(i: int) -> tuple[str, str]:
+                await asyncio.sleep(random.Random(i).random() / 5)
+                how: dict[str, Any] = {"model": names[i % 3], "prompt": prompt, "max_tokens": LIMIT, "temperature": 0}
+                answer = await client.completions.create(**how)
+                return names[i % 3], answer.choices[0].text
+
+            return list(await asyncio.gather(*(ask(i) for i in range(24))))
+
+    for name, text in asyncio.run(run()):
+        assert text == expected[name]
+    if world.engine.name == "vllm":
+        # two blocks at the least for each but the first of a name, if they came one after another
+        assert world.engine.figures().more["cache_hits"] - before >= 2 * BLOCK
+    world.delete("tenant")
+
+
+def test_what_cannot_be_served_fails_alone(world: World, client: openai.OpenAI) -> None:
+    good = prefix_for(world.base, 4, seed=5)
+    world.put("foreign", Prefix(good.sections, Card(base="another", fingerprint="1" * 64)))
+    world.put("damaged", good).write_bytes(b"?")
+    file = world.put("damaged later", prefix_for(world.base, 4, seed=6))
+    # its card is known by now, so that it is the engine that finds out
+    assert client.models.retrieve("damaged later").id == "damaged later"
+    file.write_bytes(file.read_bytes()[:999])
+    how: dict[str, Any] = {"prompt": "some text", "max_tokens": LIMIT, "temperature": 0}
+    expected = world.alone("some text", "plain")
+    for name, error, code in [
+        ("nobody", openai.NotFoundError, "model_not_found"),
+        ("foreign", openai.BadRequestError, "wrong_base"),
+        ("damaged", openai.InternalServerError, "prefix_damaged"),
+        ("damaged later", openai.InternalServerError, "prefix_damaged"),
+    ]:
+        for stream in (False, True):
+            with client.completions.create(model="plain", **how, stream=True) as beside:
+                with pytest.raises(error) as caught:
+                    client.completions.create(model=name, **how, stream=stream)
+                assert caught.value.code == code
+                assert "".join(choice.text for chunk in beside for choice in chunk.choices) == expected
+    world.delete("foreign", "damaged", "damaged later")
+
+
+def test_too_many_and_who_hangs_up(world: World, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 texts are let in, many more than there are rows; when their client has gone, so have they."""
+    how: dict[str, Any] = {"model": "plain", "prompt": "xy", "temperature": 1.5, "max_tokens": 99}
+    service = world.app.state.service
+
+    def abandoned() -> float:
+        (family,) = service.metrics.abandoned.collect()
+        return next(sample.value for sample in family.samples if sample.name.endswith("_total"))
+
+    monkeypatch.setattr(service.limits, "max_texts", 128)
+    before = abandoned()
+    with client.completions.create(**how, n=128, stream=True) as stream:
+        next(iter(stream))
+        assert service.limits.under_way == 128
+        for streamed in (False, True):
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.completions.create(**how, stream=streamed)
+            assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+    until(world.idle)
+    until(lambda: abandoned() == before + 1)
+    text = client.completions.create(model="plain", prompt="xy", max_tokens=LIMIT, temperature=0).choices[0].text
+    assert text == world.alone("xy", "plain")
+    until(world.idle)
+    # of vLLM; its figures come with its steps
+    assert world.engine.figures().more.get("cache_usage", 0) == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_time_is_up(world: World, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    monkeypatch.setattr(world.app.state.service, "settings", Settings(timeout=0.05))
+    how: dict[str, Any] = {"model": "plain", "prompt": "xy", "temperature": 1.5, "max_tokens": 99, "n": 128}
+    with pytest.raises(openai.APIError, match="the answer took longer than this server allows"):
+        list(client.completions.create(**how, stream=stream))
+    until(world.idle)
+
+
+def test_figures(world: World, client: openai.OpenAI) -> None:
+    for _ in range(2):
+        client.completions.create(model="plain", prompt="xy", max_tokens=2)
+    names = {"route", "status", "what", "le"}
+    seen: dict[str, float] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{world.url}/metrics").text):
+        for sample in family.samples:
+            assert set(sample.labels) <= names
+            seen[sample.name] = sample.value
+    assert seen["foreword_engine_prefix_loads_total"] >= 1
+    assert seen["foreword_engine_prefix_hits_total"] >= 1
+    assert seen["foreword_engine_resident_prefixes"] >= 1
+    assert 0 < seen["foreword_engine_resident_bytes"] <= seen["foreword_engine_resident_budget_bytes"]
+    assert seen["foreword_time_to_first_token_seconds_count"] >= 2
+
+
+def test_an_encoder_decoder_base(tmp_path: Path) -> None:
+    """Its prefixes have three sections, and virtual tokens take none of its context."""
+    base = make_base("bart")
+    prefix = next(p for p in (prefix_for(base, 5, seed=seed) for seed in range(99)) if generate(base, ["xy"], [p])[0])
+    store = Store(tmp_path / "store", create=True)
+    store.put("summary", prefix, dtype=torch.float32)
+    copied = copy_of(base)
+    app = create_app(copied, store, engine=LocalEngine(copied, store))
+    with served(app) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        long = "x" * (CONTEXT - 3)  # <s>, a line break and </s> more
+        for prompt in ("xy", long):
+            expected = {
+                name: generate(
+                    base, [prompt], [given], framing=framing, settings=GenerateSettings(max_new_tokens=LIMIT)
+                )[0]
+                for name, given, framing in (
+                    ("summary", prefix, None),
+                    ("tiny-bart", None, Framing(template="{input}")),
+                )
+            }
+            assert expected["summary"] != expected["tiny-bart"]
+            for name, text in expected.items():
+                how: dict[str, Any] = {"model": name, "prompt": prompt, "max_tokens": LIMIT, "temperature": 0}
+                answer = client.completions.create(**how)
+                assert answer.choices[0].text == text
+                chunks = client.completions.create(**how, stream=True)
+                assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == text
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == CONTEXT - 1
+        with pytest.raises(openai.BadRequestError, match="expected at most 131 positions"):
+            client.completions.create(model="summary", prompt=f"{long}y", max_tokens=3)
 
 
 def test_a_base_without_a_chat_template(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from serving import until
 
 from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError
 from foreword.prefix import Card, Prefix
@@ -104,7 +105,7 @@ def test_a_large_one_is_not_passed_by_small_ones(store: CountingStore) -> None:
     for version in (large, b, c):
         threads.append(threading.Thread(target=ask, args=(version,)))
         threads[-1].start()
-        time.sleep(0.1)
+        until(lambda: len(residents._line) == len(threads))
     assert got == []
     residents.release(a)
     threads[0].join(10)

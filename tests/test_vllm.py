@@ -16,10 +16,11 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: make setup-vllm, then make test-vllm")
 
-from vllm_harness import BLOCK, CONTEXT, LENGTHS, TEXTS, Harness, Row, harness, prefix_for
+from serving import prefix_for
+from vllm_harness import BLOCK, CONTEXT, LENGTHS, TEXTS, Harness, Row, harness
 
 from foreword.attach import attach
-from foreword.errors import NoSuchPrefixError, PrefixFileError, TooLongError, WrongBaseError
+from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, TooLongError, WrongBaseError
 from foreword.prefix import Card, Prefix
 from foreword.serve.placeholders import cache_salt, placeholder_ids
 from foreword.store import Version
@@ -204,7 +205,7 @@ def test_files_that_are_missing_or_wrong(small: Harness) -> None:
         "cut": (PrefixFileError, "is damaged"),
         "foreign": (WrongBaseError, "expected a prefix for the base"),
         "wide": (WrongBaseError, "layers do not fit the base"),
-        "large": (PrefixFileError, "vLLM could not serve .*: see its log"),
+        "large": (SettingsError, "expected prefixes of at most 400,000 bytes, the memory that they have together; "),
     }
     for name, (error, match) in errors.items():
 

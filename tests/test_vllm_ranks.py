@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: make setup-vllm, then make test-vllm")
 
-from serving import make_base
-from vllm_harness import LENGTHS, TEXTS, Row, harness, save_base
+from serving import make_base, save
+from vllm_harness import LENGTHS, OPTIONS, TEXTS, Row, harness, save_base
 
 from foreword.bases import load_base
 from foreword.errors import BaseLoadError, SettingsError
+from foreword.serve.choose import choose_engine
 from foreword.serve.engine import EngineStoppedError
 from foreword.serve.vllm import VllmEngine, base_for_vllm
 from foreword.store import Store
@@ -81,17 +83,45 @@ def test_bases_and_stores_that_vllm_cannot_serve(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="vLLM's processes cannot see the store memory://x: use a folder"):
         VllmEngine(base, Store("memory://x", create=True))
 
-    def start(**options: object) -> None:
-        asyncio.run(VllmEngine(base, store, options=options).start())
-
     with pytest.raises(SettingsError, match="vLLM does not start with these options: .*no_such"):
-        start(no_such=1)
+        VllmEngine(base, store, options={"no_such": 1})
     with pytest.raises(SettingsError, match="expected other options for vLLM; model are set by foreword"):
-        start(model="x")
+        VllmEngine(base, store, options={"model": "x"})
+
+
+def test_what_vllm_finds_out_as_it_starts(tmp_path: Path) -> None:
+    base = load_base(save_base(tmp_path / "base"))
+    options = {**OPTIONS, "num_gpu_blocks_override": 2}
+    engine = VllmEngine(base, Store(tmp_path / "store", create=True), options=options)
+    with pytest.raises(
+        SettingsError, match="vLLM did not start with the base '.*base': see what it logged, or use the"
+    ):
+        asyncio.run(engine.start())
+    assert multiprocessing.active_children() == []
 
 
 def test_a_short_window_is_refused_by_name(tmp_path: Path) -> None:
-    name = save_base(tmp_path / "base", "mistral", sliding_window=97)
-    engine = VllmEngine(load_base(name), Store(tmp_path / "store", create=True))
+    base = load_base(save_base(tmp_path / "base", "mistral", sliding_window=97))
+    store = Store(tmp_path / "store", create=True)
     with pytest.raises(SettingsError, match=r"window that covers the context of 389; that of '.*base' is 97: set max_"):
-        asyncio.run(engine.start())
+        VllmEngine(base, store)
+    assert VllmEngine(base, store, options={"max_model_len": 97}).context == 97
+
+
+def test_which_engine_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path / "store", create=True)
+    llama, mistral = (save_base(tmp_path / family, family) for family in ("llama", "mistral"))
+    bart = save(make_base("bart"), tmp_path / "bart")
+    for kind, name, expected in [
+        ("auto", llama, "vllm"), ("vllm", llama, "vllm"), ("local", llama, "local"), ("auto", mistral, "local"), ("auto", bart, "local"),
+    ]:  # fmt: skip
+        base, engine = choose_engine(kind, name, store, cache_bytes=1 << 26)
+        assert (engine.name, base.is_encoder_decoder) == (expected, name == bart)
+        assert base.model.device.type == ("meta" if expected == "vllm" else "cpu")
+    reasons = [record.getMessage() for record in caplog.records if record.name == "foreword.serve.choose"]
+    assert [reason.partition(":")[0] for reason in reasons] == ["the engine local, since"] * 2
+    assert "expected a sliding window that covers" in reasons[0]
+    assert "has an encoder" in reasons[1]
+    for name in (bart, mistral):
+        with pytest.raises(SettingsError, match="use the local engine"):
+            choose_engine("vllm", name, store)

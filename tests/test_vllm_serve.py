@@ -20,7 +20,8 @@ import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: make setup-vllm, then make test-vllm")
 
-from vllm_harness import LENGTHS, TEXTS, prefix_for, save_base
+from serving import prefix_for
+from vllm_harness import LENGTHS, TEXTS, save_base
 
 from foreword.bases import Base, load_base
 from foreword.data import frame

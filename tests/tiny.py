@@ -49,7 +49,8 @@ _grouped: dict[str, Any] = {
 
 
 def _gpt2(**more: Any) -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(n_embd=5 * 14, n_layer=3, n_head=5, n_positions=CONTEXT, **_ids, **more))
+    sizes: dict[str, Any] = {"n_embd": 5 * 14, "n_layer": 3, "n_head": 5, "n_positions": CONTEXT}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **_ids, **more}))
 
 
 def _opt(**more: Any) -> PreTrainedModel:
@@ -68,11 +69,11 @@ def _opt(**more: Any) -> PreTrainedModel:
 
 
 def _llama(**more: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**_grouped, **more))
+    return LlamaForCausalLM(LlamaConfig(**{**_grouped, **more}))
 
 
 def _mistral(**more: Any) -> PreTrainedModel:
-    return MistralForCausalLM(MistralConfig(**_grouped, **{"sliding_window": 7, **more}))
+    return MistralForCausalLM(MistralConfig(**{**_grouped, "sliding_window": 7, **more}))
 
 
 def _qwen3(**more: Any) -> PreTrainedModel:

@@ -9,15 +9,16 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
-from tiny import BOS, EOS, PAD, VOCAB, tiny_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from serving import make_base, prefix_for, save
+from tiny import EOS
 
 from foreword.attach import attach
 from foreword.bases import Base, load_base
 from foreword.data import frame
 from foreword.generation import GenerateSettings, generate
-from foreword.prefix import Card, Framing, Prefix
+from foreword.prefix import Framing, Prefix
 from foreword.serve.engine import Piece, Request, Sampling
 from foreword.serve.placeholders import kv_transfer_params, placeholder_ids
 from foreword.serve.vllm import VllmEngine, base_for_vllm
@@ -37,47 +38,35 @@ TEXTS = (
 )
 
 CONTEXT = 389
-_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "vocab_size": VOCAB}
 # heads of 32, the least of vLLM's on a CPU; even numbers of them, for two ranks
-_GROUPED = {
+_GROUPED: dict[str, Any] = {
     "hidden_size": 4 * 32,
     "intermediate_size": 74,
-    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": CONTEXT,
-    **_IDS,
 }
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "gpt2": {"n_embd": 3 * 32, "n_layer": 2, "n_head": 3, "n_positions": CONTEXT},
+}
+"""Of tiny bases that vLLM can compute."""
+OPTIONS = {"enforce_eager": True, "block_size": BLOCK, "kv_cache_memory_bytes": 1 << 26}
 
 
-def save_base(folder: Path, family: str = "llama", *, ends: Sequence[int] = (EOS,), **config: object) -> str:
-    """Save a random base whose attention is far from uniform; returns its name."""
-    torch.manual_seed(0)
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**{**_GROUPED, **config}))
-    elif family == "mistral":
-        model = MistralForCausalLM(MistralConfig(**{**_GROUPED, **config}))
-    else:
-        model = GPT2LMHeadModel(GPT2Config(n_embd=3 * 32, n_layer=2, n_head=3, n_positions=CONTEXT, **_IDS))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
-    model.generation_config.eos_token_id = list(ends)
-    model.save_pretrained(folder)
-    tiny_tokenizer(family).save_pretrained(folder)
-    return str(folder)
+def save_base(folder: Path, family: str = "llama", *, ends: Sequence[int] = (EOS,), **config: Any) -> str:
+    """Save a random base of a size for vLLM; returns its name."""
+    base = make_base(family, **{**SIZES[family], **config})
+    base.model.generation_config.eos_token_id = list(ends)
+    return save(base, folder)
 
 
-def prefix_for(base: Base, length: int, *, seed: int = 0) -> Prefix:
-    """A random prefix that the base surely feels, in float32."""
-    generator = torch.Generator().manual_seed(1000 * length + seed)
-    layers = [
-        (torch.randn(groups, length, dim, generator=generator), torch.randn(groups, length, dim, generator=generator))
-        for groups, dim in base.shapes["decoder"]
-    ]
-    return Prefix({"decoder": layers}, Card(base=base.name, fingerprint=base.fingerprint))
+def served_base(base: Base, folder: Path) -> Base:
+    """A base that was made in code, as the engine `vllm` and the server beside it take it: from a folder."""
+    pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: make setup-vllm, then make test-vllm")
+    return base_for_vllm(save(base, folder / base.name), dtype="float32")
 
 
 class Harness:
@@ -93,12 +82,7 @@ class Harness:
         for label, length in LENGTHS.items():
             self.put(label, prefix_for(self.base, length))
         self.loop = asyncio.Runner()
-        options = {
-            "enforce_eager": True,
-            "block_size": BLOCK,
-            "kv_cache_memory_bytes": 1 << 26,
-            **more.pop("options", {}),
-        }
+        options = {**OPTIONS, **more.pop("options", {})}
         self.engine = VllmEngine(base_for_vllm(name, dtype="float32"), self.store, options=options, **more)
         self.run(self.engine.start())
 

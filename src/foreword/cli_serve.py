@@ -44,7 +44,7 @@ def serve(
     max_upload: Annotated[int, typer.Option(min=1, help="Largest prefix file that is taken, in MiB.")] = 256,
     prefix_memory: Annotated[int, typer.Option(min=1, help="Memory of the prefixes, in MiB.")] = 1024,
     cache_memory: Annotated[
-        int, typer.Option(min=1, help="Memory of the rows' keys and values, in MiB; local.")
+        int, typer.Option(min=1, help="Memory of the rows' keys and values, in MiB; local, and vllm on a CPU.")
     ] = 2048,
     max_rows: Annotated[int, typer.Option(min=1, help="Texts computed at once; local.")] = 32,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share each layer; vllm.")] = 1,

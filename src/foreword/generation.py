@@ -35,7 +35,7 @@ from foreword.prefix import Framing, Prefix
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["GenerateSettings", "generate", "stream"]
+__all__ = ["GenerateSettings", "end_ids", "generate", "sample_processors", "stream"]
 
 Input = str | Mapping[str, Any]
 
@@ -218,11 +218,11 @@ def _run(
             input_ids=tokens.to(base.device),
             attention_mask=mask.to(base.device),
             generation_config=config,
-            logits_processor=_sampling(base, settings, numbers),
+            logits_processor=sample_processors(base, settings, numbers),
             stopping_criteria=StoppingCriteriaList([_Stop(base, settings.stop, skip)] if settings.stop else []),
             streamer=streamer,
         )
-    ends = _ends(base)
+    ends = end_ids(base)
     return [list(takewhile(lambda token: token not in ends, row[skip:])) for row in output.tolist()]
 
 
@@ -243,8 +243,8 @@ def _only(base: Base, config: GenerationConfig) -> Iterator[GenerationConfig]:
         logging.set_verbosity(level)
 
 
-def _ends(base: Base) -> set[int]:
-    """Every token that ends a text: the tokenizer's end token, and a base may know others, such as the end of a turn."""
+def end_ids(base: Base) -> set[int]:
+    """Ids of every token that ends a text: the tokenizer's end token, and a base may know others, such as the end of a turn."""
     ends = base.model.generation_config.eos_token_id
     return {base.end_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
 
@@ -256,7 +256,7 @@ def _config(base: Base, settings: GenerateSettings, budget: int) -> GenerationCo
         num_beams=settings.num_beams,
         length_penalty=settings.length_penalty if settings.num_beams > 1 else None,
         do_sample=False,
-        eos_token_id=sorted(_ends(base)),
+        eos_token_id=sorted(end_ids(base)),
         pad_token_id=base.pad_id,
         bos_token_id=base.tokenizer.bos_token_id,
         decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
@@ -280,7 +280,17 @@ class _Gumbel(LogitsProcessor):
         return sums
 
 
-def _sampling(base: Base, settings: GenerateSettings, numbers: Sequence[int]) -> LogitsProcessorList:
+def sample_processors(base: Base, settings: GenerateSettings, numbers: Sequence[int]) -> LogitsProcessorList:
+    """What logits [B, V] go through so that their largest is the next token, sampled as `settings` say.
+
+    Args:
+        base: whose logits; random numbers are drawn on its device.
+        settings: `temperature`, `top_k`, `top_p` and `seed` count.
+        numbers: [B], of the rows: each draws from a generator of its own, made from the seed and its number.
+
+    Returns:
+        processors that may be called with None for the tokens before; none of them where the temperature is 0.
+    """
     if settings.temperature == 0:
         return LogitsProcessorList()
     processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(settings.temperature))]
@@ -310,7 +320,7 @@ class _Pieces(BaseStreamer):
     """Text as it comes: whole characters only, and nothing that a stop string could still take back."""
 
     def __init__(self, base: Base, stop: Sequence[str], write: Callable[[str], None]):
-        self.base, self.stop, self.write, self.ends = base, stop, write, _ends(base)
+        self.base, self.stop, self.write, self.ends = base, stop, write, end_ids(base)
         self.tokens: list[int] = []
         self.text = ""
         self.prompt_seen = False

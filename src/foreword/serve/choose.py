@@ -14,11 +14,17 @@ from foreword.store import Store
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["ENGINES", "choose_engine"]
+__all__ = ["ENGINES", "choose_engine", "vllm_is_installed"]
 
 ENGINES = ("auto", "local", "vllm")
 
 log = logging.getLogger(__name__)
+
+
+def vllm_is_installed() -> bool:
+    # a folder of that name in the working directory, such as a clone of vLLM, is found too, but not as something to run
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None
 
 
 def choose_engine(
@@ -41,7 +47,8 @@ def choose_engine(
         base, dtype, device: as `foreword.load_base` takes them.
         store: of the prefixes.
         prefix_bytes: memory of the prefixes.
-        cache_bytes, max_rows: see `LocalEngine`.
+        cache_bytes: see `LocalEngine` and `VllmEngine`.
+        max_rows: see `LocalEngine`.
         ranks, vllm_options: see `VllmEngine`.
 
     Raises:
@@ -53,7 +60,7 @@ def choose_engine(
 
     if kind not in ENGINES:
         raise SettingsError(f"expected an engine of {', '.join(ENGINES)}; got {kind!r}")
-    there = importlib.util.find_spec("vllm") is not None
+    there = vllm_is_installed()
     if kind == "vllm" and not there:
         raise MissingExtraError("vllm", "vllm")
     if kind == "vllm" or (kind == "auto" and there):
@@ -61,7 +68,10 @@ def choose_engine(
 
         light = base_for_vllm(base, dtype=dtype)
         try:
-            return light, VllmEngine(light, store, budget=prefix_bytes, ranks=ranks, options=vllm_options)
+            engine = VllmEngine(
+                light, store, budget=prefix_bytes, cache_bytes=cache_bytes, ranks=ranks, options=vllm_options
+            )
+            return light, engine
         except SettingsError as error:
             if kind == "vllm":
                 raise
@@ -69,5 +79,5 @@ def choose_engine(
     from foreword.serve.local import LocalEngine
 
     whole = load_base(base, dtype=dtype, device=device)
-    engine = LocalEngine(whole, store, max_rows=max_rows, prefix_bytes=prefix_bytes, cache_bytes=cache_bytes)
-    return whole, engine
+    local = LocalEngine(whole, store, max_rows=max_rows, prefix_bytes=prefix_bytes, cache_bytes=cache_bytes)
+    return whole, local

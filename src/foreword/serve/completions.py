@@ -266,7 +266,7 @@ async def completions(request: HttpRequest, key: Asking, body: schemas.Completio
             prompts.append(await service.framed(entry, {**(body.record or {}), "input": prompt}, framing))
         else:
             prompts.append(service.checked_ids(entry, prompt))
-    texts = service.texts(entry, prompts, body.n, body.max_tokens, logprobs=body.logprobs, **body.how)
+    texts = service.texts(request, entry, prompts, body.n, body.max_tokens, logprobs=body.logprobs, **body.how)
     return await _answer(service, request, key, body, texts, _CompletionShape(service, body, len(texts.requests)))
 
 
@@ -300,5 +300,5 @@ async def chat_completions(request: HttpRequest, key: Asking, body: schemas.Chat
     prompt = await service.framed(entry, {"messages": messages}, framing)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     limit = body.max_tokens or body.max_completion_tokens
-    texts = service.texts(entry, [prompt], body.n, limit, logprobs=logprobs, **body.how)
+    texts = service.texts(request, entry, [prompt], body.n, limit, logprobs=logprobs, **body.how)
     return await _answer(service, request, key, body, texts, _ChatShape(service, body))

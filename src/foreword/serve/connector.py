@@ -12,7 +12,10 @@ served fails: `vllm serve` answers such a request with its error 500 and logs th
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import secrets
+import signal
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -133,6 +136,9 @@ class PrefixConnector(KVConnectorBase_V1):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        if multiprocessing.parent_process() is not None:
+            # Ctrl-C goes to all processes of a terminal; the server lets its texts end, and then ends vLLM's with SIGTERM
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._side: _Scheduler | _Worker
         if role == KVConnectorRole.SCHEDULER:
             self._side = self._scheduler = _Scheduler(vllm_config, kv_cache_config)
@@ -363,9 +369,16 @@ class _Scheduler:
         )
 
     def _watch(self) -> None:
-        """Forget the prefixes whose names are deleted from the store."""
+        """Forget the prefixes whose names are deleted from the store; and end with the process that started this one.
+
+        vLLM's processes outlive a server that was killed, with the base in their memory, and nobody can ask them anything.
+        """
         since: Any = datetime.now(UTC)
+        parent = multiprocessing.parent_process()
         while not self._ended.wait(POLL):
+            if parent is not None and os.getppid() != parent.pid:
+                logger.error("the server has ended without a word, and so do vLLM's processes")
+                os._exit(1)
             if not self._names:
                 continue
             try:

@@ -191,4 +191,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def stop(self, grace: float) -> None:
-        """Refuse new requests, wait up to `grace` seconds for those under way, and fail the rest. May be called twice."""
+        """Refuse new requests, wait up to `grace` seconds for those under way, and fail the rest. May be called twice.
+
+        While `start` is under way, that may raise.
+        """

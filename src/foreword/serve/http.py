@@ -115,7 +115,7 @@ class Bounded:
 
 async def health(request: Request) -> Response:
     """200 while the process can answer texts: otherwise start it anew."""
-    problem = request.app.state.service.engine.problem()
+    problem = request.app.state.service.problem
     return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
 
 

@@ -22,7 +22,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from foreword.errors import SettingsError
-from foreword.generation import GenerateSettings, _ends, _sampling
+from foreword.generation import GenerateSettings, end_ids, sample_processors
 from foreword.prefix import Prefix
 from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, TokenLogprob
 from foreword.serve.residents import Residents
@@ -107,7 +107,7 @@ class LocalEngine(Engine):
         most = self._max_tokens // 2 if base.is_encoder_decoder else self._max_tokens
         self.is_encoder_decoder = base.is_encoder_decoder
         self.context = most if base.context is None else min(base.context, most)
-        self._ends = _ends(base)
+        self._ends = end_ids(base)
         self._changed = threading.Condition()
         self._arrived: list[_Job] = []
         self._waiting: deque[_Job] = deque()
@@ -160,7 +160,7 @@ class LocalEngine(Engine):
             request,
             asyncio.Queue(),
             TextSoFar(self.base.decode, sampling.stop),
-            _sampling(self.base, settings, [0]),
+            sample_processors(self.base, settings, [0]),
         )
         self._under_way += 1
         self._idle.clear()

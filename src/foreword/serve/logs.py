@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -11,6 +12,7 @@ import traceback
 import uuid
 from collections.abc import MutableMapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from foreword.serve.metrics import Metrics
 from foreword.serve.problems import HungUpError, Problem
 
-__all__ = ["JsonFormatter", "Told", "log_as_json"]
+__all__ = ["EngineFormatter", "JsonFormatter", "Told", "log_as_json"]
 
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
@@ -29,7 +31,13 @@ log = logging.getLogger("foreword.serve.requests")
 
 
 class JsonFormatter(logging.Formatter):
-    """One line of JSON: time, level, logger, message, and what `extra={"facts": {...}}` says."""
+    """One line of JSON: time, level, logger, message, and what `extra={"facts": {...}}` says.
+
+    Of exceptions it says where, but not with what: their messages may hold a client's text.
+    """
+
+    whole = False
+    """Whether exceptions tell their message."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -40,14 +48,22 @@ class JsonFormatter(logging.Formatter):
             **getattr(record, "facts", {}),
         }
         if record.exc_info and record.exc_info[0] is not None:
-            # where, but not with what: messages of exceptions may hold a client's text
             line["exception"] = record.exc_info[0].__name__
+            if self.whole:
+                line["because"] = str(record.exc_info[1])
             line["at"] = [f"{f.filename}:{f.lineno}" for f in traceback.extract_tb(record.exc_info[2])[-8:]]
         return json.dumps(line, ensure_ascii=False)
 
 
+class EngineFormatter(JsonFormatter):
+    """That of vLLM's processes: why they did not start stands in an exception."""
+
+    whole = True
+
+
 def log_as_json(level: int = logging.INFO) -> None:
-    """Send the logs of foreword and of uvicorn to stderr, a line of JSON each."""
+    """Send the logs of foreword, of uvicorn, and of vLLM's processes to stderr, a line of JSON each."""
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(Path(__file__).with_name("vllm_logs.json")))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     for name in ("foreword", "uvicorn"):

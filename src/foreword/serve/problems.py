@@ -71,7 +71,7 @@ def problem_of(error: Exception) -> Problem:
         again = {"retry-after": str(error.retry_after)}
         return Problem(429, message, code=f"{error.what}_limit_exceeded", headers=again)
     if isinstance(error, EngineStoppedError):
-        return Problem(503, message, code="stopping", headers={"retry-after": "5"})
+        return Problem(503, message, code="not_ready", headers={"retry-after": "5"})
     if isinstance(error, NoSuchPrefixError):
         return Problem(404, message, code="model_not_found", param="model")
     if isinstance(error, TooLongError):
@@ -93,7 +93,7 @@ def no_such_model(name: str) -> Problem:
 
 async def on_problem(request: Request, error: Exception) -> JSONResponse:
     problem = problem_of(error)
-    if problem.status >= 500 and problem.code != "stopping":
+    if problem.status >= 500 and problem.code != "not_ready":
         log.error("a request failed: %s", problem.code, exc_info=error)
     return problem.response()
 

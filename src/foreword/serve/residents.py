@@ -13,7 +13,7 @@ from foreword.prefix import Prefix
 from foreword.serve.engine import EngineStoppedError
 from foreword.store import Store, Version
 
-__all__ = ["Residents"]
+__all__ = ["Residents", "check_size", "size_of"]
 
 
 @dataclass(eq=False)
@@ -37,6 +37,15 @@ def size_of(prefix: Prefix) -> int:
         for layer in layers
         for tensor in layer
     )
+
+
+def check_size(version: Version, size: int, budget: int) -> None:
+    """Raise `SettingsError` where a prefix of so many bytes never fits the budget."""
+    if size > budget:
+        raise SettingsError(
+            f"expected prefixes of at most {budget:,} bytes, the memory that they have together; {version} "
+            f"takes {size:,}: give them more"
+        )
 
 
 class Residents:
@@ -101,11 +110,7 @@ class Residents:
         try:
             prefix = self._check(Prefix.from_bytes(self.store.read(version)))
             size = size_of(prefix)
-            if size > self.budget:
-                raise SettingsError(
-                    f"expected prefixes of at most {self.budget:,} bytes, the memory that they have together; {version} "
-                    f"takes {size:,}: give them more"
-                )
+            check_size(version, size, self.budget)
         except BaseException:
             with self._changed:
                 del self._residents[version.sha256]

@@ -15,6 +15,8 @@ __all__ = ["ChatRequest", "CompletionRequest"]
 MAX_TEXTS = 128
 """Texts that one request may ask for: its prompts times n."""
 
+COLDEST = 0.01
+"""Below it the most likely token is taken."""
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -38,7 +40,7 @@ class _Shared(BaseModel):
 
     model: Model
     n: int = Field(1, ge=1, le=MAX_TEXTS)
-    temperature: float = Field(1.0, ge=0, le=100, allow_inf_nan=False)
+    temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[list[Stop], BeforeValidator(_listed), Field(max_length=16)] | None = Field(
@@ -55,7 +57,9 @@ class _Shared(BaseModel):
     def how(self) -> dict[str, Any]:
         """What `Sampling` takes of these fields."""
         stop = tuple(self.stop or ())
-        return {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "stop": stop}
+        # logits divided by less overflow, or are no logits any more
+        temperature = self.temperature if self.temperature >= COLDEST else 0.0
+        return {"temperature": temperature, "top_p": self.top_p, "seed": self.seed, "stop": stop}
 
     @property
     def wants_usage(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -54,6 +55,7 @@ def run(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> bool:
 
     Raises:
         SettingsError: others could come to the address, and no keys are asked for.
+        whatever kept the engine from starting.
     """
     service: Service = app.state.service
     check_address(host, keys=service.keys is not None)
@@ -68,5 +70,8 @@ def run(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000) -> bool:
         h11_max_incomplete_event_size=64 << 10,
     )
     server = _Server(config, service)
+    service.on_failure = partial(setattr, server, "should_exit", True)
     server.run()
+    if service.failure is not None:
+        raise service.failure
     return server.started

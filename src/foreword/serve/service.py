@@ -80,6 +80,10 @@ class Service:
         keys: None lets everybody do everything.
         base_name: what requests call the base; None for its own name.
         settings: see `Settings`.
+
+    Attributes:
+        failure: why the engine did not start.
+        on_failure: called then.
     """
 
     def __init__(
@@ -98,31 +102,52 @@ class Service:
         self.limits = Limits(settings.max_texts)
         self.metrics = Metrics(engine, self.limits)
         self.began = int(time.time())
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self._state = "starting"
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Start the engine, and watch the store, for the time of a `with` block."""
+        """The engine, and an eye on the store, for the time of a `with` block; it begins before the engine has started."""
         self._loop = asyncio.get_running_loop()
-        await self.engine.start()
-        # computed once, over the whole base
-        await asyncio.to_thread(lambda: self.base.fingerprint)
+        self._starting = asyncio.create_task(self._start(), name="foreword-start")
         try:
             async with self.catalog.watching():
-                self._state = "ready"
                 yield
         finally:
             self.begin_to_stop()
             assert self._stopping is not None
             await self._stopping
 
+    async def _start(self) -> None:
+        log.info("starting the engine %s", self.engine.name)
+        try:
+            await self.engine.start()
+            # computed once, over the whole base
+            await asyncio.to_thread(lambda: self.base.fingerprint)
+        except Exception as error:
+            if self._state == "starting":
+                self.failure = error
+                log.exception("the engine did not start")
+                self.on_failure()
+            return
+        if self._state == "starting":
+            self._state = "ready"
+            log.info("ready: the base %s on the engine %s", self.base_name, self.engine.name)
+
     def begin_to_stop(self) -> None:
         """Take no new requests; those under way have the time of grace to end."""
         self._state = "stopping"
         if self._stopping is None:
-            self._stopping = asyncio.create_task(self.engine.stop(self.settings.grace))
+            self._stopping = asyncio.create_task(self._stop(), name="foreword-stop")
+
+    async def _stop(self) -> None:
+        await self.engine.stop(self.settings.grace)
+        assert self._starting is not None
+        await self._starting
 
     def stop_soon(self) -> None:
         """`begin_to_stop`, from a signal's handler or another thread."""
@@ -130,9 +155,19 @@ class Service:
             self._loop.call_soon_threadsafe(self.begin_to_stop)
 
     @property
+    def problem(self) -> str | None:
+        """Why the process is of no more use; None where it is."""
+        return "the engine did not start; the log says why" if self.failure is not None else self.engine.problem()
+
+    @property
     def not_ready(self) -> str | None:
         """Why requests should go to another server; None where they may come here."""
-        return self.engine.problem() if self._state == "ready" else self._state
+        return self.problem or (None if self._state == "ready" else self._state)
+
+    def must_be_ready(self) -> None:
+        """Raises `EngineStoppedError` where no texts can be asked for yet, or any more."""
+        if self.not_ready is not None:
+            raise EngineStoppedError(f"expected a server that is ready; it is not: {self.not_ready}")
 
     # who asks, and for what
 
@@ -174,7 +209,9 @@ class Service:
         Raises:
             Problem: there is none (404).
             WrongBaseError: it is of another base.
+            EngineStoppedError: the server is not ready.
         """
+        self.must_be_ready()
         if name == self.base_name:
             return None
         entry = await self.entry(key, name)
@@ -205,6 +242,7 @@ class Service:
 
     def texts(
         self,
+        request: HttpRequest,
         entry: Entry | None,
         prompts: Sequence[Sequence[int]],
         n: int,
@@ -214,6 +252,7 @@ class Service:
         """n texts for each prompt.
 
         Args:
+            request: that asks for them; its id begins theirs, in an engine's log.
             max_tokens: None for what the context leaves.
             sampling: the other arguments of `Sampling`.
 
@@ -245,7 +284,8 @@ class Service:
             for _ in range(n):
                 own = None if seed is None else (seed + len(requests)) % (1 << 63)
                 how = Sampling(max_tokens=limit, seed=own, **sampling)
-                requests.append(Request(id=uuid.uuid4().hex, tokens=tuple(tokens), prefix=version, sampling=how))
+                id = f"{request.state.request_id}-{uuid.uuid4().hex[:12]}"
+                requests.append(Request(id=id, tokens=tuple(tokens), prefix=version, sampling=how))
         return Texts(requests=requests, input_tokens=sum(map(len, prompts)))
 
     # y
@@ -262,8 +302,7 @@ class Service:
             TimeoutError: it took longer than the settings allow.
             whatever the engine raises for one of them; the others are given up.
         """
-        if self._state != "ready":
-            raise EngineStoppedError(f"the server is {self._state}")
+        self.must_be_ready()
         with self.limits.entered(key, len(texts.requests), texts.input_tokens) as spend:
             self.metrics.input_tokens.inc(texts.input_tokens)
             began = time.monotonic()

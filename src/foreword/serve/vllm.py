@@ -6,8 +6,8 @@ It decides which tokens come; how they become text, and where a stop string ends
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
+import multiprocessing
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from pathlib import Path
@@ -18,14 +18,17 @@ import torch
 from foreword.bases import Base, built_in_folder, load_base
 from foreword.builtin import BUILT_IN
 from foreword.errors import ForewordError, MissingExtraError, PrefixFileError, SettingsError, TooLongError
-from foreword.generation import _ends
+from foreword.generation import end_ids
 from foreword.prefix import Card, Prefix
+from foreword.serve.choose import vllm_is_installed
 from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, Sampling, TokenLogprob
 from foreword.serve.placeholders import BUDGET, cache_salt, kv_transfer_config, kv_transfer_params, placeholder_ids
+from foreword.serve.residents import check_size
 from foreword.serve.text import TextSoFar
 from foreword.store import Store, Version
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
 __all__ = ["VllmEngine", "base_for_vllm"]
@@ -56,12 +59,14 @@ class VllmEngine(Engine):
         base: as `base_for_vllm` gives it; one with weights will do, and keeps them.
         store: where the prefixes are. Other processes open it again, so it cannot be in one process's memory.
         budget: the most bytes of host memory that prefixes may take. What waits for vLLM waits for room here, too.
+        cache_bytes: memory of vLLM's cache on a CPU, of each rank; `options` can say otherwise. On a GPU vLLM takes what is left
+            of its `gpu_memory_utilization`.
         ranks: processes that share each layer (tensor parallel), each with its own heads.
         options: more of vLLM's `AsyncEngineArgs`, by name; `max_model_len` bounds the context.
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        SettingsError: vLLM cannot serve prefixes of this base; the local engine can.
+        SettingsError: vLLM refuses its options, or cannot serve prefixes of this base; the local engine can.
     """
 
     name = "vllm"
@@ -72,10 +77,11 @@ class VllmEngine(Engine):
         store: Store,
         *,
         budget: int = BUDGET,
+        cache_bytes: int = 2 << 30,
         ranks: int = 1,
         options: Mapping[str, Any] | None = None,
     ):
-        if importlib.util.find_spec("vllm") is None:
+        if not vllm_is_installed():
             raise MissingExtraError("vllm", "vllm")
         if base.is_encoder_decoder:
             raise SettingsError(f"vLLM serves decoder-only bases; {base.name!r} has an encoder: use the local engine")
@@ -86,49 +92,38 @@ class VllmEngine(Engine):
         self.base = base
         self.store = store
         self.budget = budget
-        self._ranks = ranks
-        self._options = dict(options or {})
-        limits = [limit for limit in (base.context, self._options.get("max_model_len")) if limit is not None]
-        self.context = min(limits, default=None)
-        self._ends = _ends(base)
+        options = dict(options or {})
+        limits = [limit for limit in (base.context, options.get("max_model_len")) if limit is not None]
+        self._config = self._configured(ranks, cache_bytes, {**options, "max_model_len": min(limits, default=None)})
+        self.context = self._config.model_config.max_model_len
+        self._ends = end_ids(base)
         self._llm: AsyncLLM | None = None
-        self._closed = False
+        self._starting = self._closed = False
         self._running: dict[str, asyncio.Event] = {}
         self._lengths: dict[str, int] = {}
         self._told: dict[str, float] = {}
 
-    async def start(self) -> None:
-        """Start vLLM's processes and have them load the base: seconds to minutes.
-
-        Raises:
-            SettingsError: the base's sliding window is shorter than the context, or vLLM refuses its options.
-        """
-        self._llm = await asyncio.to_thread(self._make)
-        # the first request has vLLM import and compile what it needs, for seconds
-        first = Request(id="foreword-warm-up", tokens=(0,), prefix=None, sampling=Sampling(max_tokens=1))
-        async with aclosing(self.generate(first)) as pieces:
-            async for _ in pieces:
-                pass
-
-    def _make(self) -> AsyncLLM:
+    def _configured(self, ranks: int, cache_bytes: int, options: Mapping[str, Any]) -> VllmConfig:
         from vllm.config import KVTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.platforms import current_platform
 
         connector = kv_transfer_config(self.store.url, self.base.fingerprint, base=self.base.name, budget=self.budget)
         args: dict[str, Any] = {
             "model": str(_where(self.base.name)),
             "dtype": str(self.base.dtype).removeprefix("torch."),
-            "max_model_len": self.context,
-            "tensor_parallel_size": self._ranks,
+            "tensor_parallel_size": ranks,
             "enable_prefix_caching": True,
             "disable_log_stats": True,
             "kv_transfer_config": KVTransferConfig(**connector),
         }
-        if clash := sorted({"model", "tensor_parallel_size", "kv_transfer_config"} & set(self._options)):
+        if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
+            # by itself it takes nine tenths of the machine's memory, and does not start where less is free
+            args["kv_cache_memory_bytes"] = cache_bytes
+        if clash := sorted({"model", "tensor_parallel_size", "kv_transfer_config"} & set(options)):
             raise SettingsError(f"expected other options for vLLM; {', '.join(clash)} are set by foreword")
         try:
-            config = AsyncEngineArgs(**{**args, **self._options, "max_model_len": self.context}).create_engine_config()
+            config = AsyncEngineArgs(**{**args, **options}).create_engine_config()
         except (TypeError, ValueError) as error:
             raise SettingsError(
                 f"vLLM does not start with these options: {' '.join(str(error).split())[:500]}"
@@ -139,7 +134,43 @@ class VllmEngine(Engine):
                 f"expected a sliding window that covers the context of {config.model_config.max_model_len}; that of "
                 f"{self.base.name!r} is {window}: set max_model_len to {window} or less, or use the local engine"
             )
-        return AsyncLLM.from_vllm_config(config, stat_loggers=[_listener(self._told)], disable_log_stats=True)
+        return config
+
+    async def start(self) -> None:
+        """Start vLLM's processes and have them load the base: seconds to minutes.
+
+        Raises:
+            SettingsError: they did not start, for a reason that their log tells.
+            EngineStoppedError: `stop` was called meanwhile.
+        """
+        self._starting = True
+        try:
+            self._llm = await asyncio.to_thread(self._make)
+            # the first request has vLLM import and compile what it needs, for seconds
+            first = Request(id="foreword-warm-up", tokens=(0,), prefix=None, sampling=Sampling(max_tokens=1))
+            async with aclosing(self.generate(first)) as pieces:
+                async for _ in pieces:
+                    pass
+        except Exception:
+            await self._end(0)
+            raise
+        finally:
+            self._starting = False
+
+    def _make(self) -> AsyncLLM:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        listeners = [_listener(self._told)]
+        try:
+            return AsyncLLM.from_vllm_config(self._config, stat_loggers=listeners, disable_log_stats=True)
+        except RuntimeError as error:
+            raise SettingsError(
+                f"vLLM did not start with the base {self.base.name!r}: see what it logged, or use the local engine"
+            ) from error
+
+    def problem(self) -> str | None:
+        dead = self._llm is not None and self._llm.errored
+        return "vLLM has ended; see its log" if dead else None
 
     async def generate(self, request: Request) -> AsyncGenerator[Piece, None]:
         if self._llm is None or self._closed:
@@ -238,11 +269,13 @@ class VllmEngine(Engine):
 
     async def _explain(self, request: Request) -> None:
         """vLLM says only that a request failed; looking again says why."""
-        if request.prefix is not None:
-            self._lengths.pop(request.prefix.sha256, None)
-            data = await asyncio.to_thread(self.store.read, request.prefix)
-            await asyncio.to_thread(lambda: Prefix.from_bytes(data).check(self.base))
-        raise PrefixFileError(f"vLLM could not serve {request.prefix or 'the request'}: see its log, and try again")
+        version = request.prefix
+        if version is not None:
+            self._lengths.pop(version.sha256, None)
+            data = await asyncio.to_thread(self.store.read, version)
+            prefix = await asyncio.to_thread(lambda: Prefix.from_bytes(data).check(self.base))
+            check_size(version, prefix.num_parameters * self.base.dtype.itemsize, self.budget)
+        raise PrefixFileError(f"vLLM could not serve {version or 'the request'}: see its log, and try again")
 
     async def forget(self, sha256s: Collection[str]) -> None:
         """Later requests look into the store again; the connector hears of deletions from the store, within seconds."""
@@ -251,11 +284,12 @@ class VllmEngine(Engine):
 
     def figures(self) -> Figures:
         told = self._told
-        running = int(told.get("running", 0))
+        # told after each step, and the last request may have gone since
+        running = min(int(told.get("running", 0)), len(self._running))
         names = ("resident_prefixes", "resident_bytes", "hits", "loads", "evictions")
         return Figures(
             running=running,
-            waiting=max(0, len(self._running) - running),
+            waiting=len(self._running) - running,
             budget_bytes=self.budget,
             **{name: int(told.get(name, 0)) for name in names},
             more={name: told[name] for name in told if name not in ("running", *names)},
@@ -263,6 +297,15 @@ class VllmEngine(Engine):
 
     async def stop(self, grace: float) -> None:
         self._closed = True
+        while self._starting:
+            # they would finish it first, for minutes perhaps
+            for process in multiprocessing.active_children():
+                if process.name.startswith("EngineCore"):
+                    process.kill()
+            await asyncio.sleep(0.05)
+        await self._end(grace)
+
+    async def _end(self, grace: float) -> None:
         try:
             async with asyncio.timeout(grace):
                 for ended in list(self._running.values()):
@@ -271,7 +314,8 @@ class VllmEngine(Engine):
             pass
         llm, self._llm = self._llm, None
         if llm is not None:
-            await llm.abort(list(llm.output_processor.request_states), internal=True)
+            if not llm.errored:
+                await llm.abort(list(llm.output_processor.request_states), internal=True)
             if llm.output_handler is not None:
                 llm.output_handler.cancel()
                 await asyncio.wait([llm.output_handler])
