@@ -576,7 +576,10 @@ def test_interrupted(run: Run, base: Path, data: Path, tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(foreword.training, "write_checkpoint", interrupted)
+        # where a shell's background job runs the tests, the signal is ignored
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         ran = run(*arguments, "--out", "p")
+        signal.signal(signal.SIGINT, before)
     assert ran == (130, "", "interrupted: the same command with --resume goes on from the last checkpoint\n")
     assert sorted(written(tmp_path)) == ["p.checkpoint", "rows.jsonl", "whole"]
     refused(run(*arguments, "--out", "p"), "p.checkpoint is of a run that did not end: give --resume to go on")
