@@ -49,7 +49,7 @@ RECIPES: Mapping[str, Recipe] = {
             **{"lr": 5e-2, "epochs": 5, "batch_size": 16, "warmup": 0.1},
         },
         generation=_BEAMS,
-        source="docs/defaults.md: 500 E2E rows on smollm2-135m",
+        source="docs/defaults.md: 500 E2E rows on smollm2-135m, three seeds",
     ),
     "paper-e2e": Recipe(
         options={**_PAPER, "hidden": 512, "length": 5, "lr": 8e-5, "epochs": 5, "batch_size": 10},
