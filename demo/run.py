@@ -64,7 +64,7 @@ def main() -> None:
             task = bar.add_task(voice, total=None, state="")
 
             def show(progress: foreword.TrainingProgress, task=task) -> None:
-                speed = progress.tokens / progress.seconds
+                speed = progress.tokens_per_second
                 bar.update(
                     task,
                     completed=progress.step,

@@ -32,8 +32,8 @@ from foreword.serve.choose import choose_engine
 from foreword.serve.engine import EngineStoppedError, Piece, Request, Sampling
 from foreword.serve.local import LocalEngine, _bytes_a_token
 from foreword.serve.runner import Runner
-from foreword.serve.text import TextSoFar
 from foreword.store import Store, Version
+from foreword.text import TextSoFar
 
 FAMILIES = ("llama", "gpt2", "bart")
 

@@ -6,7 +6,8 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def prefix_of(seed: int, length: int = 5) -> Prefix:
     generator = torch.Generator().manual_seed(seed)
     layers = [tuple(torch.randn(3, length, 7, generator=generator) for _ in range(2)) for _ in range(2)]
     return Prefix({"decoder": layers}, Card(base="tiny", fingerprint="0" * 64))  # type: ignore[dict-item]
+
+
+@contextmanager
+def holding(residents: Residents, version: Version) -> Iterator[Prefix]:
+    prefix = residents.acquire(version)
+    try:
+        yield prefix
+    finally:
+        residents.release(version)
 
 
 class CountingStore(Store):
@@ -61,12 +71,12 @@ def test_the_least_recently_used_goes_first(store: CountingStore) -> None:
     residents = residents_of(store, 3 * BYTES)
     a, b, c, d = (put(store, name, seed) for seed, name in enumerate("abcd"))
     for version in (a, b, c, a):
-        with residents.holding(version) as prefix:
+        with holding(residents, version) as prefix:
             assert torch.equal(
                 prefix.sections["decoder"][1][1], prefix_of("abcd".index(version.name)).sections["decoder"][1][1]
             )
     assert (residents.hits, residents.loads, residents.evictions, residents.bytes) == (1, 3, 0, 3 * BYTES)
-    with residents.holding(d):
+    with holding(residents, d):
         assert b.sha256 not in residents
         assert all(version.sha256 in residents for version in (a, c, d))
     assert (residents.loads, residents.evictions, residents.bytes, len(residents)) == (4, 1, 3 * BYTES, 3)
@@ -151,7 +161,7 @@ def test_a_failure_is_the_asker_s_alone(store: CountingStore, tmp_path: Path) ->
     with pytest.raises(SettingsError, match=f"at most {BYTES:,} bytes.*takes {BYTES * 7 // 5:,}"):
         residents.acquire(large)
     assert (residents.bytes, residents.loads, len(residents)) == (0, 0, 0)
-    with residents.holding(good):
+    with holding(residents, good):
         assert residents.bytes == BYTES
     assert hashlib.sha256(store.read(good)).hexdigest() == good.sha256
 
@@ -161,7 +171,7 @@ def test_forgotten_at_once_or_when_released(store: CountingStore) -> None:
     a, b = (put(store, name, seed) for seed, name in enumerate("ab"))
     residents.acquire(a)
     residents.acquire(a)
-    with residents.holding(b):
+    with holding(residents, b):
         pass
     residents.forget([a.sha256, b.sha256, "f" * 64])
     assert b.sha256 not in residents
@@ -203,7 +213,7 @@ def test_many_threads_stay_within_the_budget(store: CountingStore) -> None:
         draw = random.Random(seed)
         for _ in range(50):
             version = draw.choice(versions)
-            with residents.holding(version) as prefix:
+            with holding(residents, version) as prefix:
                 worst[0] = max(worst[0], residents.bytes)
                 assert prefix.length == 3 + int(version.name[1:]) % 4
             if draw.random() < 0.1:

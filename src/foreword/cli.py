@@ -159,9 +159,14 @@ def train(
         def show(progress: Any) -> None:
             nonlocal last
             last = progress
-            speed = progress.tokens / progress.seconds
             loss = f"{progress.loss:.3f}" + ("" if progress.dev_loss is None else f" (dev {progress.dev_loss:.3f})")
-            bar.update(task, completed=progress.step, total=progress.steps, loss=loss, speed=f"{speed:,.0f}")
+            bar.update(
+                task,
+                completed=progress.step,
+                total=progress.steps,
+                loss=loss,
+                speed=f"{progress.tokens_per_second:,.0f}",
+            )
 
         try:
             prefix = train_prefix(
@@ -188,13 +193,13 @@ def train(
         out.print(
             f"{shown(str(out_file))}: {prefix.length} virtual tokens, {prefix.num_parameters:,} parameters, "
             f"{out_file.stat().st_size:,} bytes; {metrics}; {time.perf_counter() - began:.0f} s"
-            + ("" if last is None else f", {last.tokens / last.seconds:,.0f} tokens/s"),
+            + ("" if last is None else f", {last.tokens_per_second:,.0f} tokens/s"),
         )
         if profile and last is not None:
             rate = (
                 product_rate(frozen, round(settings.batch_size * last.tokens / last.rows)) * accelerator.num_processes
             )
-            speed, limit = last.tokens / last.seconds, last.tokens / last.operations * rate
+            speed, limit = last.tokens_per_second, last.tokens / last.operations * rate
             out.print(
                 f"profile: {speed / limit:.0%} of the limit, {speed:,.0f} of {limit:,.0f} tokens/s; {last.operations / last.tokens / 1e9:.2f} "
                 f"GFLOP a token, {rate / 1e9:,.0f} GFLOP/s of bare products; peak memory {peak_memory(frozen) / 2**20:,.0f} MiB"

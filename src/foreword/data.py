@@ -308,12 +308,13 @@ def check_records(records: Iterable[Record], framing: Framing, *, what: str = "r
     Raises:
         DataError: a record lacks a column, or its y is empty.
     """
+    parts = fields_of(framing.template)
     for number, record in enumerate(records, 1):
         where = f"{what} {number}"
         if framing.chat:
             _question(record, where)
         else:
-            _filled(record, fields_of(framing.template), where)
+            _filled(record, parts, where)
         _answer(record, framing, where)
 
 

@@ -31,6 +31,7 @@ from foreword.attach import Stack, attach
 from foreword.data import check_fits, frame, pad
 from foreword.errors import SettingsError
 from foreword.prefix import Framing, Prefix
+from foreword.text import TextSoFar
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -317,11 +318,11 @@ class _Stop(StoppingCriteria):
 
 
 class _Pieces(BaseStreamer):
-    """Text as it comes: whole characters only, and nothing that a stop string could still take back."""
+    """Hands text on as its tokens come."""
 
     def __init__(self, base: Base, stop: Sequence[str], write: Callable[[str], None]):
-        self.base, self.stop, self.write, self.ends = base, stop, write, end_ids(base)
-        self.tokens: list[int] = []
+        self.write, self.ends = write, end_ids(base)
+        self.so_far = TextSoFar(base.decode, stop)
         self.text = ""
         self.prompt_seen = False
 
@@ -329,19 +330,14 @@ class _Pieces(BaseStreamer):
         if not self.prompt_seen:
             self.prompt_seen = True
             return
-        self.tokens += [token for token in value.flatten().tolist() if token not in self.ends]
-        text = self.base.decode(self.tokens)
-        shown = _cut(text, self.stop)
-        if shown == text:
-            held = max((n for s in self.stop for n in range(len(s)) if text.endswith(s[:n])), default=0)
-            shown = text[: len(text) - held]
-        # a lone byte of a longer character decodes to U+FFFD until the rest is there
-        self._show(shown.rstrip("\ufffd"))
+        for token in value.flatten().tolist():
+            if token not in self.ends:
+                self._show(self.so_far.add(token))
 
     def end(self) -> None:
-        self._show(_cut(self.base.decode(self.tokens), self.stop))
+        self._show(self.so_far.end())
 
-    def _show(self, text: str) -> None:
-        if len(text) > len(self.text):
-            self.write(text[len(self.text) :])
-            self.text = text
+    def _show(self, piece: str) -> None:
+        if piece:
+            self.write(piece)
+            self.text += piece

@@ -69,6 +69,10 @@ class TrainingProgress:
     seconds: float
     lr: float
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
 
 def train(
     base: Base,
@@ -217,7 +221,7 @@ def _log(accelerator: Accelerator, progress: TrainingProgress) -> None:
     values = {
         "loss": progress.loss,
         "lr": progress.lr,
-        "tokens_per_second": progress.tokens / progress.seconds,
+        "tokens_per_second": progress.tokens_per_second,
     }
     if progress.dev_loss is not None:
         values["dev_loss"] = progress.dev_loss

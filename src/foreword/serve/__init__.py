@@ -18,7 +18,6 @@ local.py        an engine on transformers; its thread lets rows join and leave
 runner.py       the base at work on rows that come and go
 cache.py        keys and values of those rows
 slots.py        their prefixes side by side
-text.py         text as its tokens come
 residents.py    prefixes in memory, within a budget
 fake.py         an engine for tests, which says what it is told to
 """

@@ -82,22 +82,19 @@ class _CompletionShape:
         return told
 
     def whole(self, said: Sequence[_Said], usage: schemas.Usage) -> BaseModel:
-        choices = [
-            schemas.CompletionChoice(
-                index=i, text=one.text, logprobs=self.logprobs(i, one.logprobs), finish_reason=one.finish
-            )
-            for i, one in enumerate(said)
-        ]
+        choices = [self._choice(i, one) for i, one in enumerate(said)]
         return schemas.Completion(**self.head, choices=choices, usage=usage)
+
+    def _choice(self, i: int, one: _Said | Piece) -> schemas.CompletionChoice:
+        return schemas.CompletionChoice(
+            index=i, text=one.text, logprobs=self.logprobs(i, one.logprobs), finish_reason=one.finish
+        )
 
     def first(self, i: int) -> None:
         return None
 
     def chunk(self, i: int, piece: Piece) -> BaseModel:
-        choice = schemas.CompletionChoice(
-            index=i, text=piece.text, logprobs=self.logprobs(i, piece.logprobs), finish_reason=piece.finish
-        )
-        return schemas.Completion(**self.head, choices=[choice])
+        return schemas.Completion(**self.head, choices=[self._choice(i, piece)])
 
     def last(self, usage: schemas.Usage) -> BaseModel:
         return schemas.Completion(**self.head, choices=[], usage=usage)

@@ -344,17 +344,10 @@ class _Scheduler:
         wanted = self._wanted.pop(request_id, None)
         if wanted is None:
             return
-        if wanted.coming is not None and wanted.prefix is None:
-            # a callback on a future that is done runs at once
-            if not wanted.coming.cancel():
-                wanted.coming.add_done_callback(
-                    lambda done: self._let_go(wanted.version) if not done.exception() else None
-                )
+        if wanted.coming is not None:
+            self._residents.release_coming(wanted.version, wanted.coming)
         elif wanted.prefix is not None:
-            self._let_go(wanted.version)
-
-    def _let_go(self, version: Version) -> None:
-        self._residents.release(version)
+            self._residents.release(wanted.version)
 
     def stats(self) -> ResidentStats:
         residents = self._residents

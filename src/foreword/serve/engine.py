@@ -6,8 +6,9 @@ an engine does nothing but continue x, after that version and no other, whatever
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,6 +24,7 @@ __all__ = [
     "Request",
     "Sampling",
     "TokenLogprob",
+    "all_ended",
 ]
 
 Finish = Literal["stop", "length"]
@@ -124,6 +126,17 @@ class Figures:
     loads: int = 0
     evictions: int = 0
     more: dict[str, float] = field(default_factory=dict)
+
+
+async def all_ended(under_way: Iterable[asyncio.Event], seconds: float) -> bool:
+    """Whether all these ends come within so many seconds, which is waited for."""
+    try:
+        async with asyncio.timeout(seconds):
+            for ended in list(under_way):
+                await ended.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 class Engine(ABC):

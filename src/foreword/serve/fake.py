@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from typing import Any
 
-from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, TokenLogprob
+from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, TokenLogprob, all_ended
 
 __all__ = ["FakeEngine"]
 
@@ -85,11 +85,7 @@ class FakeEngine(Engine):
 
     async def stop(self, grace: float) -> None:
         self._ready = False
-        try:
-            async with asyncio.timeout(grace):
-                for ended in list(self._running.values()):
-                    await ended.wait()
-        except TimeoutError:
+        if not await all_ended(self._running.values(), grace):
             self._cut = True
 
 

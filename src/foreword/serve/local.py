@@ -24,10 +24,10 @@ from transformers import LogitsProcessorList
 from foreword.errors import SettingsError
 from foreword.generation import GenerateSettings, end_ids, sample_processors
 from foreword.prefix import Prefix
-from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, TokenLogprob
+from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, TokenLogprob, all_ended
 from foreword.serve.residents import Residents
 from foreword.serve.runner import Prefill, Row, Runner
-from foreword.serve.text import TextSoFar
+from foreword.text import TextSoFar
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -189,12 +189,8 @@ class LocalEngine(Engine):
         if self._state == "stopped":
             return
         self._state = "stopping"
-        if self._under_way:
-            try:
-                async with asyncio.timeout(grace):
-                    await self._idle.wait()
-            except TimeoutError:
-                log.warning("%d requests were cut off after %s s", self._under_way, grace)
+        if self._under_way and not await all_ended([self._idle], grace):
+            log.warning("%d requests were cut off after %s s", self._under_way, grace)
         self._state = "stopped"
         self._residents.close()
         with self._changed:
@@ -353,9 +349,7 @@ class LocalEngine(Engine):
         version = job.request.prefix
         if version is not None and job.loading is not None:
             loading, job.loading = job.loading, None
-            if not loading.cancel():
-                # one that is still being loaded is let go when it is there
-                loading.add_done_callback(lambda done: None if done.exception() else self._residents.release(version))
+            self._residents.release_coming(version, loading)
 
     def _drop_all(self, error: Exception, told: list[tuple[_Job, Piece | Exception]]) -> None:
         self._runner.clear()

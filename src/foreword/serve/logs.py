@@ -18,7 +18,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foreword.serve.metrics import Metrics
-from foreword.serve.problems import HungUpError, Problem
+from foreword.serve.problems import HungUpError, problem_of
 
 __all__ = ["EngineFormatter", "JsonFormatter", "Told", "log_as_json"]
 
@@ -106,11 +106,10 @@ class Told:
         except HungUpError:
             self.metrics.abandoned.inc()
             status = status or HUNG_UP
-        except Exception:
+        except Exception as error:
             log.exception("a request failed", extra={"facts": {"request": id}})
             if not status:
-                problem = Problem(500, "the server failed; its log says why", code="internal_error")
-                await problem.response()(scope, receive, told_send)
+                await problem_of(error).response()(scope, receive, told_send)
         finally:
             route = getattr(scope.get("route"), "path", None) or "none"
             seconds = time.perf_counter() - began

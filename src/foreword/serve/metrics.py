@@ -39,9 +39,6 @@ class Metrics:
         )
         self.input_tokens = Counter("foreword_input_tokens", "Tokens of x.", registry=self.registry)
         self.output_tokens = Counter("foreword_output_tokens", "Tokens of y.", registry=self.registry)
-        self.refused = Counter(
-            "foreword_refused", "Requests that were too many, by what.", ["what"], registry=self.registry
-        )
         self.abandoned = Counter("foreword_abandoned", "Requests whose client hung up.", registry=self.registry)
         under_way = Gauge("foreword_texts_under_way", "Texts that were let in.", registry=self.registry)
         under_way.set_function(lambda: limits.under_way)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from foreword.errors import SettingsError
@@ -168,14 +168,11 @@ class Residents:
                 self._drop(version.sha256)
             self._changed.notify_all()
 
-    @contextmanager
-    def holding(self, version: Version) -> Iterator[Prefix]:
-        """`acquire` and `release`."""
-        prefix = self.acquire(version)
-        try:
-            yield prefix
-        finally:
-            self.release(version)
+    def release_coming(self, version: Version, coming: Future[Prefix]) -> None:
+        """Let go of what is being acquired on another thread: if need be, when it is there."""
+        if not coming.cancel():
+            # a callback on a future that is done runs at once
+            coming.add_done_callback(lambda done: None if done.exception() else self.release(version))
 
     def forget(self, sha256s: Collection[str]) -> None:
         """Free what nobody holds of these contents at once, and the rest when it is released."""

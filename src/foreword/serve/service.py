@@ -17,7 +17,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request as HttpRequest
 
 from foreword.data import frame
-from foreword.errors import DataError, NoSuchPrefixError, StoreError
+from foreword.errors import DataError, StoreError
 from foreword.prefix import Framing
 from foreword.serve.access import OPEN, Key, KeyFile
 from foreword.serve.catalog import Catalog, Entry
@@ -194,10 +194,8 @@ class Service:
         """The newest version of a prefix that the key may use. Raises `Problem` (404), or what a damaged file raises."""
         try:
             entry = await self.catalog.find(name)
-        except NoSuchPrefixError:
-            raise no_such_model(name) from None
         except StoreError:
-            # what cannot be a name is nobody's name
+            # there is none; and what cannot be a name is nobody's name
             raise no_such_model(name) from None
         if not key.may_use(entry.version.name):
             raise no_such_model(name)
@@ -207,22 +205,18 @@ class Service:
         """What `model` names; None for the bare base. The request's line in the log tells it.
 
         Raises:
-            Problem: there is none (404).
-            WrongBaseError: it is of another base.
+            Problem: there is none (404), or it is of another base (400).
             EngineStoppedError: the server is not ready.
         """
         self.must_be_ready()
         if name == self.base_name:
             return None
         entry = await self.entry(key, name)
-        self.check_base(entry)
-        request.state.facts.update(model=entry.version.name, version=entry.version.sha256[:12])
-        return entry
-
-    def check_base(self, entry: Entry) -> None:
         if entry.card.fingerprint != self.base.fingerprint:
             message = f"the prefix {entry.version.name!r} was trained on another base than {self.base_name!r}"
             raise Problem(400, message, code="wrong_base", param="model")
+        request.state.facts.update(model=entry.version.name, version=entry.version.sha256[:12])
+        return entry
 
     # x
 

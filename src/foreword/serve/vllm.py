@@ -21,11 +21,21 @@ from foreword.errors import ForewordError, MissingExtraError, PrefixFileError, S
 from foreword.generation import end_ids
 from foreword.prefix import Card, Prefix
 from foreword.serve.choose import vllm_is_installed
-from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, Sampling, TokenLogprob
+from foreword.serve.engine import (
+    Engine,
+    EngineStoppedError,
+    Figures,
+    Finish,
+    Piece,
+    Request,
+    Sampling,
+    TokenLogprob,
+    all_ended,
+)
 from foreword.serve.placeholders import BUDGET, cache_salt, kv_transfer_config, kv_transfer_params, placeholder_ids
 from foreword.serve.residents import check_size
-from foreword.serve.text import TextSoFar
 from foreword.store import Store, Version
+from foreword.text import TextSoFar
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -306,12 +316,7 @@ class VllmEngine(Engine):
         await self._end(grace)
 
     async def _end(self, grace: float) -> None:
-        try:
-            async with asyncio.timeout(grace):
-                for ended in list(self._running.values()):
-                    await ended.wait()
-        except TimeoutError:
-            pass
+        await all_ended(self._running.values(), grace)
         llm, self._llm = self._llm, None
         if llm is not None:
             if not llm.errored:
