@@ -15,7 +15,6 @@ held out, as it fell.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
@@ -30,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from benchmarks.e2e_rows import DATA
+from benchmarks.record import write_json
 from foreword.builtin import cache_folder
 from foreword.data import batches, pad, read_records
 from foreword.prefix import write_atomically
@@ -265,7 +265,7 @@ def pretrain(
         **{"epochs": state["step"] / per_epoch, "threads": torch.get_num_threads(), "bfloat16": autocast},
         **state,
     }
-    (work / "pretraining.json").write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(work / "pretraining.json", facts)
     checkpoint.unlink()
     shutil.move(work, folder)
     return folder

@@ -33,6 +33,7 @@ from transformers import get_linear_schedule_with_warmup
 import foreword
 from benchmarks.e2e_rows import Split, e2e_split
 from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
+from benchmarks.record import machine
 from benchmarks.runs import Runs, best_rate
 from foreword.attach import Stack, attach
 from foreword.bases import Base
@@ -155,7 +156,8 @@ def run(base_name: str, dtype: str | None, split: Split, unit: Quality) -> dict[
     dev, test = texts(base, prefix, split.dev), texts(base, prefix, split.test)
     result = {
         "side": side, "lr": lr, "seed": seed, "dtype": str(base.dtype), "train_loss": loss, "train_seconds": trained,
-        "dev_bleu": bleu(dev, split.dev), "test_bleu": bleu(test, split.test), "test_outputs": test,
+        "dev_bleu": bleu(dev, split.dev), "test_bleu": bleu(test, split.test),
+        "machine": machine(base.device), "test_outputs": test,
     }  # fmt: skip
     print(
         f"{side} lr {lr:g} seed {seed}: loss {loss:.3f}, BLEU dev {result['dev_bleu']:.2f} test {result['test_bleu']:.2f}",

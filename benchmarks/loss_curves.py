@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers import DynamicCache, get_linear_schedule_with_warmup
 import foreword
 from benchmarks.e2e_rows import e2e_split
 from benchmarks.peft_side import peft_batch
+from benchmarks.record import machine, write_json
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate, rows_of
@@ -138,9 +138,11 @@ def report(
     Console(width=100).print(table)
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key != "json"}
-        result = {"settings": settings, "furthest": max(apart), "held_out": ends, "held_out_apart": held_out_apart}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**result, "curves": curves}, indent=1) + "\n")
+        result = {
+            "settings": settings, "machine": machine(options.device), "furthest": max(apart), "held_out": ends,
+            "held_out_apart": held_out_apart,
+        }  # fmt: skip
+        write_json(options.json, {**result, "curves": curves})
 
 
 if __name__ == "__main__":

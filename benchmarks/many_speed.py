@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 import uuid
@@ -35,6 +33,7 @@ from rich.table import Table
 
 import foreword
 from benchmarks.peft_side import peft_batch, peft_model
+from benchmarks.record import machine, write_json
 from benchmarks.users_help import team_rows
 from foreword.bases import Base
 from foreword.data import Row, rows_of
@@ -277,20 +276,13 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]], tokens:
         settings: dict[str, Any] = {k: v for k, v in vars(options).items() if k != "json"}
         result = {
             "settings": settings,
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "cpus": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "foreword": foreword.__version__,
-            },
+            "machine": machine(),
             "tokens": tokens,
             "median_seconds": median,
             "ratios": ratios,
             "rounds": seconds,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

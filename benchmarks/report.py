@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.record import write_json
 from benchmarks.study import RESULTS, Line, Study, compare, lines, run, todo
 from foreword.prefix import write_atomically
 
@@ -36,9 +36,9 @@ def report(study: Study, *, command: str) -> str:
         "published": [{"name": name, **figures} for name, figures in study.published],
         "differs": study.differs,
     }
-    for ending, content in (("md", text), ("json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")):
-        with write_atomically(RESULTS / f"{study.full_name}.{ending}") as aside:
-            aside.write_text(content, encoding="utf-8")
+    with write_atomically(RESULTS / f"{study.full_name}.md") as aside:
+        aside.write_text(text, encoding="utf-8")
+    write_json(RESULTS / f"{study.full_name}.json", facts)
     if found:
         plot(study, found)
     return text

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from foreword.prefix import write_atomically
+from benchmarks.record import write_json
 
 MOST_RATES = 8
 """Learning rates tried at the most; then the best of them is taken, at the edge or not."""
@@ -59,8 +59,7 @@ class Runs:
                     Path(file.name).unlink(missing_ok=True)
 
     def write(self, name: str, result: Mapping[str, Any]) -> None:
-        with write_atomically(self.path(name)) as aside:
-            aside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path(name), result)
 
     def work(self, todo: Callable[[], Sequence[Unit]], run: Callable[[Any], Mapping[str, Any]]) -> None:
         """Do what is to be done, and what is to be done then, until nothing is left or others do it."""

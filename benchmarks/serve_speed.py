@@ -23,7 +23,6 @@ import argparse
 import asyncio
 import functools
 import json
-import platform
 import random
 import statistics
 import tempfile
@@ -41,6 +40,7 @@ from rich.progress import track
 from rich.table import Table
 
 import foreword
+from benchmarks.record import machine, write_json
 from foreword.bases import Base
 from foreword.data import frame
 from foreword.interop.peft import export_peft
@@ -297,10 +297,6 @@ def report(options: argparse.Namespace, questions: Mapping[str, Question]) -> No
             "tokens": options.tokens,
             "length": LENGTH,
             "at_once": AT_ONCE,
-            "threads": torch.get_num_threads(),
-            "processor": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "foreword": foreword.__version__,
         }
         for name, one in questions.items():
             asked[name] = {
@@ -312,9 +308,9 @@ def report(options: argparse.Namespace, questions: Mapping[str, Question]) -> No
                 "goal": one.goal,
                 "met": one.met,
                 "settings": settings,
+                "machine": machine(),
             }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(asked, indent=1) + "\n")
+        write_json(options.json, asked)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import foreword
+from benchmarks.record import machine, write_json
 from foreword.bases import Base, built_in_folder
 from foreword.data import frame
 from foreword.prefix import Card, Framing, Prefix
@@ -300,16 +299,9 @@ def main() -> None:
             "medians": medians,
             "ratios": told,
             "settings": {"base": BASE, "dtype": str(base.dtype), "rows": ROWS, "max_tokens": MAX_TOKENS, **OPTIONS},
-            "machine": {
-                "cpus": os.cpu_count(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "vllm": vllm_version(),
-                "foreword": foreword.__version__,
-            },
+            "machine": {**machine(), "vllm": vllm_version()},
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(arguments.json, figures)
 
 
 def vllm_version() -> str:

@@ -12,8 +12,6 @@ goal: get and put at 100,000 names within 1.5 times those at 100.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
 import tempfile
@@ -26,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import foreword
+from benchmarks.record import machine, write_json
 from foreword.prefix import Card, Prefix
 from foreword.store import Store
 
@@ -147,12 +145,10 @@ def report(
         result = {
             "settings": {"small": options.small, "large": options.large, "rounds": options.rounds,
                          "operations": options.operations, "bytes": size},
-            "machine": {"processor": platform.processor() or platform.machine(), "python": platform.python_version(),
-                        "foreword": foreword.__version__},
+            "machine": machine(),
             "medians": medians,
         }  # fmt: skip
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ every sample and seed is run. `report` writes NAME.md, NAME.json and NAME.svg, f
 from __future__ import annotations
 
 import dataclasses
-import platform
 import random
 import re
 import time
@@ -16,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 import foreword
 from benchmarks.methods import GRIDS, METHODS, Options, fit
+from benchmarks.record import machine
 from benchmarks.runs import Runs, best_rate
 from foreword.data import rows_of
 from foreword.evaluate import Scores, paired_bootstrap, score, score_groups
@@ -203,7 +201,7 @@ def run(study: Study, unit: Unit) -> dict[str, Any]:
         "dev_score": figure(study, data.dev, dev),
         "test_score": figure(study, data.test, test),
         "generate_seconds": time.perf_counter() - began,
-        "machine": machine(base),
+        "machine": machine(base.device),
         "test_outputs": test,
     }
     print(
@@ -218,16 +216,6 @@ def figure(study: Study, examples: Sequence[Example], outputs: Sequence[str]) ->
     name = study.primary
     (value,) = score([one.references for one in examples], outputs, name).figures.values()
     return value
-
-
-def machine(base: Any) -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "device": str(base.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "foreword": foreword.__version__,
-    }
 
 
 @dataclass(frozen=True, kw_only=True)

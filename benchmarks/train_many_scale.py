@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import signal
 import subprocess
@@ -28,7 +27,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import foreword
+from benchmarks.record import machine, write_json
 from foreword.store import Store
 
 ROWS = 40
@@ -169,16 +168,9 @@ def report(arguments: argparse.Namespace, there: list[int], runs: dict[str, tupl
             "seconds_for_one_skipped": skipping,
             "rows_per_user": ROWS,
             "settings": SETTINGS,
-            "machine": {
-                "cpus": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "foreword": foreword.__version__,
-            },
+            "machine": machine(),
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        write_json(arguments.json, figures)
     sys.exit(ratio > GOAL)
 
 

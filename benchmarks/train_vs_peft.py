@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from rich.table import Table
 
 import foreword
 from benchmarks.e2e_rows import DATA, e2e_split
+from benchmarks.record import machine, write_json
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate, read_records, rows_of
@@ -234,21 +234,7 @@ def lines_of(result: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    machine = {
-        "processor": _processor(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "foreword": foreword.__version__,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "results": list(results)}, indent=1) + "\n")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    write_json(path, {"machine": machine(), "results": list(results)})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from rich.table import Table
 
 import foreword
 from benchmarks.e2e_rows import DATA
+from benchmarks.record import machine, write_json
 from foreword.attach import Stack, attach
 from foreword.bases import Base
 from foreword.data import rows_of
@@ -209,13 +210,12 @@ def run(base: Base, work: Path, name: str) -> None:
         outputs.setdefault(team, []).append(first_line(text))
     result = {
         "side": name, "settings": side and asdict(side), "framing": asdict(FRAMING), "base": base.name,
-        "dtype": str(base.dtype), "seconds": time.perf_counter() - began,
+        "dtype": str(base.dtype), "machine": machine(base.device), "seconds": time.perf_counter() - began,
         "train_loss": {team: prefix.card.metrics["train_loss"] for team, prefix in prefixes.items() if prefix},
         "dev_loss": {team: dev_loss(base, prefix, dev[team]) for team, prefix in prefixes.items()},
         "outputs": outputs,
     }  # fmt: skip
-    with write_atomically(RESULTS / f"{name}.json") as aside:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(RESULTS / f"{name}.json", result)
 
 
 # what came out
@@ -269,7 +269,7 @@ def report(console: Console) -> None:
         for team, rows in team_rows("users-train").items()
     }
     summary["house features"] = {team: names for team, names in features.items() if names}
-    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_json(RESULTS / "summary.json", summary)
     plot(summary["means"], teams)
 
 
