@@ -232,7 +232,7 @@ def test_what_does_not_fit_the_context(small: Harness) -> None:
     text = "x" * (CONTEXT - 131 - 2)
     assert len(small.frame(text)) == CONTEXT - 131
     with pytest.raises(
-        TooLongError, match=f"expected at most {CONTEXT} virtual tokens, .*; got 131 and {CONTEXT - 131}"
+        TooLongError, match=f"at most {CONTEXT} .* got {CONTEXT - 131} tokens of input, 131 virtual tokens"
     ):
         small.texts([(text, "131")])
     pieces = small.run(small.pieces(small.request(text[1:], "131")))

@@ -17,7 +17,7 @@ import torch
 
 from foreword.bases import Base, built_in_folder, load_base
 from foreword.builtin import BUILT_IN
-from foreword.errors import ForewordError, MissingExtraError, PrefixFileError, SettingsError, TooLongError
+from foreword.errors import ForewordError, MissingExtraError, PrefixFileError, SettingsError
 from foreword.generation import end_ids
 from foreword.prefix import Card, Prefix
 from foreword.serve.choose import vllm_is_installed
@@ -191,18 +191,14 @@ class VllmEngine(Engine):
         try:
             prompt: dict[str, Any] = {"prompt_token_ids": list(request.tokens)}
             params = self._params(request)
+            length = 0
             if request.prefix is not None:
                 length = await self._length(request.prefix)
                 sha256 = request.prefix.sha256
                 ids = placeholder_ids(sha256, length, self.base.model.config.vocab_size)
                 prompt = {"prompt_token_ids": [*ids, *request.tokens], "cache_salt": cache_salt(sha256)}
                 params.extra_args = {"kv_transfer_params": kv_transfer_params(request.prefix)}
-            used = len(prompt["prompt_token_ids"])
-            if self.context is not None and used + 1 > self.context:
-                raise TooLongError(
-                    f"expected at most {self.context} virtual tokens, tokens of x and of y together; got "
-                    f"{used - len(request.tokens)} and {len(request.tokens)}, which leave no room for y"
-                )
+            self.room(len(request.tokens), length)
             async with aclosing(self._pieces(request, prompt, params)) as pieces:
                 async for piece in pieces:
                     yield piece
