@@ -56,14 +56,13 @@ class Side:
     Args:
         own: one a team, not one for all.
         warm: started from the shared one.
-        epochs, batch_size, lr: see `TrainSettings`.
+        epochs, batch_size: see `TrainSettings`.
     """
 
     own: bool
     warm: bool = False
     epochs: int
     batch_size: int = 4
-    lr: float = 2e-2
 
 
 SIDES: dict[str, Side | None] = {
@@ -147,7 +146,7 @@ def shared_prefix(base: Base, work: Path) -> Prefix:
 def settings_of(name: str) -> foreword.TrainSettings:
     side = SIDES[name]
     assert side is not None
-    return foreword.TrainSettings(epochs=side.epochs, batch_size=side.batch_size, lr=side.lr)
+    return foreword.TrainSettings(epochs=side.epochs, batch_size=side.batch_size)
 
 
 def own_prefixes(base: Base, work: Path, name: str, warm: bool) -> dict[str, Prefix]:
@@ -209,7 +208,7 @@ def run(base: Base, work: Path, name: str) -> None:
     for (team, _), text in zip(flat, texts, strict=True):
         outputs.setdefault(team, []).append(first_line(text))
     result = {
-        "side": name, "settings": side and asdict(side), "framing": asdict(FRAMING), "base": base.name,
+        "side": name, "settings": side and asdict(settings_of(name)), "framing": asdict(FRAMING), "base": base.name,
         "dtype": str(base.dtype), "machine": machine(base.device), "seconds": time.perf_counter() - began,
         "train_loss": {team: prefix.card.metrics["train_loss"] for team, prefix in prefixes.items() if prefix},
         "dev_loss": {team: dev_loss(base, prefix, dev[team]) for team, prefix in prefixes.items()},

@@ -149,8 +149,9 @@ class Learner:
             what = "development record"
             self.dev_rows = rows_of(base, dev, framing, length=length, max_output_tokens=limit, what=what)
         self.trainable = make_trainable(base, self.rows, settings, init_from)
+        # fused: an MLP is many times the size of the prefix it makes, and each pass over it shows
         self.optimizer = torch.optim.AdamW(
-            self.trainable.parameters(), lr=settings.peak_lr, weight_decay=settings.weight_decay
+            self.trainable.parameters(), lr=settings.peak_lr, weight_decay=settings.weight_decay, fused=True
         )
         self.step = 0
         self.best: dict[str, torch.Tensor] | None = None
