@@ -20,7 +20,7 @@ from benchmarks.study import Arm, Study
 
 ARMS = {
     "foreword's prefix": ("prefix", None, Options()),
-    "foreword's prefix, MLP": ("prefix", "prefix-mlp", Options(reparametrization="mlp")),
+    "foreword's prefix, no MLP": ("prefix", "prefix-direct", Options(reparametrization="direct")),
     "PEFT's prefix tuning": ("peft-prefix", None, Options()),
     "prompt tuning": ("prompt", None, Options()),
     "LoRA": ("lora", None, Options()),

@@ -46,10 +46,10 @@ from foreword.tasks import Example
 
 RUNS = Runs(Path(__file__).with_name("results") / "e2e_quality")
 GRIDS = {
-    "foreword": [2.5e-2, 5e-2, 1e-1],
+    "foreword": [5e-4, 1e-3, 2e-3],
     "peft-projected": [5e-4, 1e-3, 2e-3],
     "peft-direct": [5e-3, 1e-2, 2e-2],
-    "foreword-mlp": [5e-4, 1e-3, 2e-3],
+    "foreword-direct": [2.5e-2, 5e-2, 1e-1],
 }
 SEEDS = (0, 1, 2)
 EPOCHS, BATCH, LENGTH, WARMUP = 5, 16, 10, 0.1
@@ -151,7 +151,7 @@ def run(base_name: str, dtype: str | None, split: Split, unit: Quality) -> dict[
     if side.startswith("peft"):
         prefix, loss = train_peft(base, split, lr, seed, side == "peft-projected")
     else:
-        prefix, loss = train_foreword(base, split, lr, seed, "mlp" if side == "foreword-mlp" else "direct")
+        prefix, loss = train_foreword(base, split, lr, seed, "direct" if side == "foreword-direct" else "mlp")
     trained = time.perf_counter() - began
     dev, test = texts(base, prefix, split.dev), texts(base, prefix, split.test)
     result = {

@@ -1,6 +1,6 @@
 """The ways to tune a base that the benchmarks compare: each one function that makes something with a loss to learn.
 
-    prefix       foreword's prefix: keys and values, an MLP before them, embeddings, an infix, or the decoder's alone
+    prefix       foreword's prefix: an MLP, keys and values alone, embeddings, an infix, or the decoder's section alone
     full         all of the base's parameters
     top2         its top two layers
     lora         LoRA on the query and value projections (PEFT)
@@ -33,7 +33,7 @@ from foreword.data import Row, batches, collate
 from foreword.learner import make_trainable
 from foreword.loss import forward_loss
 from foreword.prefix import Card, Framing, Prefix
-from foreword.reparam import trainable_prefix
+from foreword.reparam import trainable_prefix, width
 from foreword.settings import TrainSettings
 
 WARMUP, CLIP = 0.1, 1.0
@@ -44,7 +44,7 @@ class Options:
     """What a method may be told; the fields are those of `TrainSettings`, and `section`: all, or the decoder's alone."""
 
     length: int = 10
-    reparametrization: Any = "direct"
+    reparametrization: Any = "mlp"
     init: str = "activations"
     init_text: str | None = None
     infix: bool = False
@@ -60,11 +60,18 @@ class Learner(NamedTuple):
         loss: of rows, the mean over their y tokens; with a gradient.
         parameters: what learns.
         finish: gives the trained prefix, or None where the base itself has what was learnt.
+        folded: numbers that are kept, where what learns is folded away afterwards; else what learns is kept.
     """
 
     loss: Callable[[Sequence[Row]], torch.Tensor]
     parameters: list[torch.nn.Parameter]
     finish: Callable[[], Prefix | None]
+    folded: int | None = None
+
+    @property
+    def kept(self) -> int:
+        """How many numbers a task takes."""
+        return sum(p.numel() for p in self.parameters) if self.folded is None else self.folded
 
 
 class _DecoderAlone(Attachment):
@@ -101,7 +108,9 @@ def prefix(base: Base, rows: Sequence[Row], options: Options) -> Learner:
         return trainable.fold(card)
 
     named = [(name, p) for name, p in trainable.named_parameters() if not alone or "decoder" in name]
-    return Learner(loss, [p for _, p in named], finish)
+    shapes = {section: layers for section, layers in base.shapes.items() if not alone or section == "decoder"}
+    folded = options.length * sum(map(width, shapes.values())) if options.reparametrization == "mlp" else None
+    return Learner(loss, [p for _, p in named], finish, folded)
 
 
 def _tuned(base: Base, parameters: Sequence[torch.nn.Parameter]) -> Learner:
@@ -154,19 +163,19 @@ def lora(base: Base, rows: Sequence[Row], options: Options) -> Learner:
     return _tuned(base, [p for p in base.model.parameters() if p.requires_grad])
 
 
-def _by_peft(base: Base, model: Any, finish: Callable[[], Prefix]) -> Learner:
+def _by_peft(base: Base, model: Any, finish: Callable[[], Prefix], folded: int | None = None) -> Learner:
     def loss(chosen: Sequence[Row]) -> torch.Tensor:
         value = model(**peft_batch(base, chosen)).loss
         assert isinstance(value, torch.Tensor)
         return value
 
-    return Learner(loss, [p for p in model.parameters() if p.requires_grad], finish)
+    return Learner(loss, [p for p in model.parameters() if p.requires_grad], finish, folded)
 
 
 def peft_projected(base: Base, rows: Sequence[Row], options: Options) -> Learner:
     torch.manual_seed(options.seed)
     model = peft_model(base, length=options.length, projection=True, attention="eager")
-    return _by_peft(base, model, lambda: peft_prefix(base, model))
+    return _by_peft(base, model, lambda: peft_prefix(base, model), options.length * width(base.shapes["decoder"]))
 
 
 def prompt(base: Base, rows: Sequence[Row], options: Options) -> Learner:
@@ -203,8 +212,8 @@ METHODS: dict[str, Callable[[Base, Sequence[Row], Options], Learner]] = {
 """The methods, by name."""
 
 GRIDS: dict[str, list[float]] = {
-    "prefix": [2.5e-2, 5e-2, 1e-1],
-    "prefix-mlp": [5e-4, 1e-3, 2e-3],
+    "prefix": [5e-4, 1e-3, 2e-3],
+    "prefix-direct": [2.5e-2, 5e-2, 1e-1],
     "prefix-embedding": [1e-2, 2e-2, 4e-2],
     "full": [2.5e-5, 5e-5, 1e-4],
     "full-small": [2.5e-4, 5e-4, 1e-3],

@@ -76,7 +76,7 @@ def markdown(
     if not found:
         return "\n\n".join([*parts, "No arm has a finished run at a chosen learning rate yet."]) + "\n"
     names = list(dict.fromkeys(name for line in found for name in line.scores["all"].figures))
-    header = ["", "rows", "learns", "lr", "runs", f"{study.primary}, mean (low to high)", *names]
+    header = ["", "rows", "keeps", "lr", "runs", f"{study.primary}, mean (low to high)", *names]
     for group in found[0].scores:
         rows = []
         for line in found:

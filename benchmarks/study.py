@@ -175,12 +175,11 @@ def run(study: Study, unit: Unit) -> dict[str, Any]:
     length = 0 if arm.method in ("full", "top2", "lora") else options.length
     rows = rows_of(base, data.train, study.framing, length=length, max_output_tokens=study.max_output_tokens)
     learner = METHODS[arm.method](base, rows, options)
-    parameters = sum(p.numel() for p in learner.parameters)
     fitted = fit(learner, rows, lr=unit.lr, epochs=arm.epochs, batch_size=BATCH, seed=unit.seed)
     diverged = fitted.loss == float("inf")
     result = {
         **unit._asdict(),
-        **{"rows": len(rows), "epochs": arm.epochs, "parameters": parameters, "dtype": str(base.dtype)},
+        **{"rows": len(rows), "epochs": arm.epochs, "parameters": learner.kept, "dtype": str(base.dtype)},
         **{"train_seconds": fitted.seconds, "tokens": fitted.tokens, "diverged": diverged},
     }
     if diverged:

@@ -35,7 +35,7 @@ FEW = 100
 GOAL = 1.1
 KILLED_AT = (0.05, 0.1)
 """Shares of the users that are in the store when a run is killed."""
-SETTINGS = {"length": 5, "epochs": 1, "batch-size": 8, "slots": 16, "rows-at-once": 128}
+SETTINGS = {"length": 5, "reparametrization": "direct", "epochs": 1, "batch-size": 8, "slots": 16, "rows-at-once": 128}
 
 
 def save_base(folder: Path) -> None:

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[10, 200])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--sides", nargs="+", choices=one.SIDES, default=list(one.SIDES))
+    parser.add_argument("--mlp", action="store_true", help="each side with its MLP; else keys and values alone learn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15, help="each side, each round")
     parser.add_argument("--quick", action="store_true", help="the headline row alone, less long")
@@ -50,10 +51,12 @@ def main() -> None:
         results = json.loads(options.json.read_text())["results"]
     console = Console()
     for cell in grid:
-        if any(all(r["settings"][k] == v for k, v in cell.items()) for r in results):
+        wanted = {**cell, "mlp": options.mlp}
+        if any(wanted.items() <= r["settings"].items() for r in results):
             continue
         shared = ["--base", options.base, "--rounds", str(options.rounds), "--seconds", str(options.seconds)]
         shared += ["--device", options.device] if options.device else []
+        shared += ["--mlp"] if options.mlp else []
         own = [part for key, value in cell.items() for part in (f"--{key}", str(value))]
         results.append(one.compare(one.parser().parse_args([*shared, *own, "--sides", *options.sides])))
         show(console, results[-1:])

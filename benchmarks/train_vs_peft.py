@@ -57,10 +57,12 @@ def rows_named(base: Base, name: str, length: int, count: int) -> list[Row]:
     return rows_of(base, records[:count], framing, length=length)
 
 
-def step_of(side: str, base: Base, length: int, rows: list[Row]) -> Step:
-    """What one training step of a side is."""
+def step_of(side: str, base: Base, length: int, rows: list[Row], mlp: bool = False) -> Step:
+    """What one training step of a side is; `mlp`: prefixes are computed by each side's own MLP."""
     if side == "foreword":
-        trainable = trainable_prefix(base, length=length, start=(rows[0].x, rows[0].y))
+        trainable = trainable_prefix(
+            base, length=length, start=(rows[0].x, rows[0].y), reparametrization="mlp" if mlp else "direct"
+        ).to(base.device)
         attachment = attach(base.model, trainable)
         return _step(list(trainable.parameters()), lambda chosen: _mean_loss(base, attachment, collate(base, chosen)))
     from benchmarks.peft_side import peft_batch, peft_model
@@ -69,7 +71,7 @@ def step_of(side: str, base: Base, length: int, rows: list[Row]) -> Step:
         model: Any = base.model
         model.requires_grad_(True)
     else:
-        model = peft_model(base, length=length, attention=side.partition("-")[2] or None)
+        model = peft_model(base, length=length, projection=mlp, attention=side.partition("-")[2] or None)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     return _step(parameters, lambda chosen: model(**peft_batch(base, chosen)).loss)
@@ -80,7 +82,7 @@ def _mean_loss(base: Base, attachment: Any, batch: Any) -> torch.Tensor:
 
 
 def _step(parameters: list[torch.nn.Parameter], loss: Callable[[list[Row]], torch.Tensor]) -> Step:
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
 
     def step(chosen: list[Row]) -> None:
         loss(chosen).backward()
@@ -116,7 +118,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
     rows = rows_named(base, options.rows, options.length, options.count)
     loaded = peak_memory(base)
-    step, work = step_of(options.side, base, options.length, rows), Work(base, options.length)
+    step, work = step_of(options.side, base, options.length, rows, options.mlp), Work(base, options.length)
     turns = plan(options.side, rows, options.batch)
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])
@@ -170,6 +172,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15, help="each side, each round")
     parser.add_argument("--warm", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument("--mlp", action="store_true", help="each side with its MLP; else keys and values alone learn")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -185,6 +188,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) is not None
         for part in (f"--{name}", str(getattr(options, name)))
     ]
+    given += ["--mlp"] if options.mlp else []
     found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for _ in range(options.rounds):
         for side in options.sides:
@@ -195,8 +199,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             elif ended.returncode != -9 and "not enough memory" not in ended.stderr + ended.stdout:
                 raise SystemExit(f"{side} failed:\n{ended.stderr[-2000:]}")
     return {
-        "name": f"{options.rows} rows, batch {options.batch}, prefix {options.length}, {options.dtype}",
-        "settings": {name: getattr(options, name) for name in (*names, "rounds")},
+        "name": f"{options.rows} rows, batch {options.batch}, prefix {options.length}, {options.dtype}{', MLP' if options.mlp else ''}",
+        "settings": {name: getattr(options, name) for name in (*names, "rounds", "mlp")},
         "median": {
             side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             for side, runs in found.items()

@@ -27,6 +27,7 @@ from foreword.attach import Attachment, attach
 from foreword.bases import Base
 from foreword.data import rows_of
 from foreword.prefix import Framing, Prefix
+from foreword.reparam import width
 from foreword.training import FILE_NAME, TrainSettings, attach_trainable
 
 ROWS = [{"input": f"{n} plus {n}", "output": "ab" * n + "."} for n in (1, 4, 2, 7, 3, 5, 6)]
@@ -72,14 +73,20 @@ def options(folder: Path) -> dict[str, Any]:
     }
 
 
-def check(base: Base, attachment: Attachment, trainer: Trainer, folder: Path, before: str, kind: type) -> None:
+def check(
+    base: Base, attachment: Attachment, trainer: Trainer, folder: Path, before: str, kind: type, reparametrization: str
+) -> None:
     """What is asked of any trainer."""
     assert trainer.model is base.model is attachment.model
     assert type(base.model) is kind
     assert isinstance(base.model, PreTrainedModel)
     sections = ("encoder", "decoder", "cross") if base.is_encoder_decoder else ("decoder",)
     trained = {name: p for name, p in base.model.named_parameters() if p.requires_grad}
-    assert set(trained) == {f"foreword.p_theta.{section}" for section in sections}
+    parts = {
+        "direct": ["p_theta.{}"],
+        "mlp": ["p_small.{}", *(f"mlp.{{}}.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))],
+    }[reparametrization]
+    assert set(trained) == {f"foreword.{part.format(section)}" for part in parts for section in sections}
     assert base_bytes(base) == before
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3, losses
@@ -89,7 +96,7 @@ def check(base: Base, attachment: Attachment, trainer: Trainer, folder: Path, be
     weights = [path for path in (folder / "saved").rglob("*") if path.suffix in (".safetensors", ".pt", ".pth", ".h5")]
     assert weights == [folder / "saved" / FILE_NAME]
     assert not {"config.json", "pytorch_model.bin"} & {path.name for path in (folder / "saved").iterdir()}
-    numbers = sum(parameter.numel() for parameter in trained.values())
+    numbers = 5 * sum(width(layers) for layers in base.shapes.values())
     with safe_open(weights[0], framework="pt") as file:
         assert sum(file.get_tensor(name).numel() for name in file.keys()) == numbers  # noqa: SIM118
 
@@ -116,7 +123,7 @@ def test_transformers_trainer(tmp_path: Path, family: str, checkpointing: bool) 
         data = [{"input_ids": row.x, "labels": row.y} for row in rows]
     else:
         data = [{"input_ids": row.x + row.y, "labels": [-100] * len(row.x) + row.y} for row in rows]
-    settings = TrainSettings(length=5, init_text="plus and plus")
+    settings = TrainSettings(length=5, reparametrization="direct", init_text="plus and plus")
     with attach_trainable(base, settings=settings) as attachment:
         trainer = Trainer(
             model=attachment.model,
@@ -125,7 +132,7 @@ def test_transformers_trainer(tmp_path: Path, family: str, checkpointing: bool) 
             data_collator=DataCollatorForSeq2Seq(base.tokenizer),
         )
         trainer.train()
-        check(base, attachment, trainer, tmp_path, before, kind)
+        check(base, attachment, trainer, tmp_path, before, kind, "direct")
     checkpoints = list((tmp_path / "run").glob("checkpoint-*"))
     assert checkpoints
     for folder in checkpoints:
@@ -141,9 +148,14 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
     with foreword.attach_trainable(base, settings=TrainSettings(length=5)) as attachment:
         trainer = SFTTrainer(
             model=attachment.model,
-            args=SFTConfig(**options(tmp_path), max_length=None, bf16=False, activation_checkpointing=True),
+            args=SFTConfig(
+                **{**options(tmp_path), "learning_rate": 3e-3},
+                max_length=None,
+                bf16=False,
+                activation_checkpointing=True,
+            ),
             train_dataset=data,
             processing_class=base.tokenizer,
         )
         trainer.train()
-        check(base, attachment, trainer, tmp_path, before, kind)
+        check(base, attachment, trainer, tmp_path, before, kind, "mlp")

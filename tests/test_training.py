@@ -49,7 +49,8 @@ cached_base = functools.cache(fresh_base)
 
 
 def settings_of(**more: Any) -> TrainSettings:
-    return TrainSettings(**{"length": 5, "batch_size": 2, "epochs": 2, **more})
+    """Few rows, few steps, and no MLP unless it is asked for: what is compared are keys and values themselves."""
+    return TrainSettings(**{"length": 5, "batch_size": 2, "epochs": 2, "reparametrization": "direct", **more})
 
 
 def own_prefix(base: Base, length: int = 5, seed: int = 0) -> Prefix:
@@ -746,7 +747,10 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str) -> N
         ({"accumulation": 0}, "expected accumulation of at least 1; got 0"),
         ({"max_output_tokens": 0}, "expected max_output_tokens of at least 1; got 0"),
         ({"hidden": 0, "reparametrization": "mlp"}, "expected hidden of at least 1; got 0"),
-        ({"hidden": 7}, "hidden is the size of the MLP, and the reparametrization 'direct' has none"),
+        (
+            {"hidden": 7, "reparametrization": "direct"},
+            "hidden is the size of the MLP, and the reparametrization 'direct' has none",
+        ),
         ({"patience": -1}, "expected patience of at least 0; got -1"),
         ({"clip": -1.0}, "expected clip of at least 0; got -1.0"),
         ({"clip": math.nan}, "expected clip of at least 0; got nan"),

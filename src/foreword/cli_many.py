@@ -47,7 +47,7 @@ def train_many(
     max_input_tokens: t.MaxInputTokens = None,
     max_output_tokens: t.MaxOutputTokens = None,
     length: t.Length = 10,
-    reparametrization: t.Reparametrization = "direct",
+    reparametrization: t.Reparametrization = "mlp",
     hidden: t.Hidden = None,
     init: t.Init = "activations",
     init_text: t.InitText = None,

@@ -45,8 +45,8 @@ _BEAMS: Mapping[str, Any] = {"num_beams": 5}
 RECIPES: Mapping[str, Recipe] = {
     "e2e": Recipe(
         options={
-            **{"length": 10, "reparametrization": "direct", "init": "activations"},
-            **{"lr": 5e-2, "epochs": 5, "batch_size": 16, "warmup": 0.1},
+            **{"length": 10, "reparametrization": "mlp", "init": "activations"},
+            **{"lr": 1e-3, "epochs": 5, "batch_size": 16, "warmup": 0.1},
         },
         generation=_BEAMS,
         source="docs/defaults.md: 500 E2E rows on smollm2-135m, three seeds",

@@ -3,8 +3,8 @@
 For each section, P_θ is a matrix [P, W]; its row i holds the keys and values of virtual token i in all L layers, so
 W is the sum of 2·G·D over the layers.
 
-    direct       P_θ is the parameter
     mlp          P_θ[i] = A[i] + MLP(P'_θ[i])      (Li & Liang 2021, section 4.3; A is zero, or the initialization)
+    direct       P_θ is the parameter
     embedding    P_θ[i] = LM(E)[i]                 (the paper's embedding-only ablation, section 7.2; decoder-only)
 
 Once trained, P_θ is computed a last time and only its keys and values are kept: `fold`.

@@ -20,11 +20,11 @@ class TrainSettings:
 
     Args:
         length: P, virtual tokens.
-        reparametrization: "direct" (keys and values are the parameters), "mlp", or "embedding" (an ablation).
+        reparametrization: "mlp", "direct" (keys and values are the parameters), or "embedding" (an ablation).
         hidden: hidden size of the MLP, which "mlp" alone has; by default 512, and 800 from 100 virtual tokens on.
         init: "activations" of the first training rows, or of `init_text`; "random", small noise.
         init_text: words of the task, e.g. "Describe the restaurant:"; their activations start the prefix.
-        lr: peak learning rate; by default 5e-2 direct, 1e-3 mlp, 2e-2 embedding.
+        lr: peak learning rate; by default 1e-3 mlp, 5e-2 direct, 2e-2 embedding.
         epochs: passes over the rows.
         batch_size: rows that go through the base at once, on each process.
         accumulation: such batches, on each process, to one step.
@@ -40,7 +40,7 @@ class TrainSettings:
     """
 
     length: int = 10
-    reparametrization: Reparametrization = "direct"
+    reparametrization: Reparametrization = "mlp"
     hidden: int | None = None
     init: str = "activations"
     init_text: str | None = None
