@@ -2,6 +2,7 @@
 
     python -m benchmarks.loss_curves --dtype float32 --steps 50 --json benchmarks/results/loss_curves-float32.json
     python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --json benchmarks/results/loss_curves-bfloat16.json
+    python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --batch 4 --mlp
 
 The plain path is transformers' own alone: the prefix in a cache, the model called with labels, its default attention, all
 logits. Both paths start from the same prefix and see the same batches of E2E rows with the same optimizer and schedule.
@@ -33,7 +34,7 @@ from foreword.bases import Base
 from foreword.data import Row, batches, collate, rows_of
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Framing
-from foreword.reparam import TrainablePrefix, trainable_prefix
+from foreword.reparam import Reparametrization, TrainablePrefix, trainable_prefix
 from foreword.settings import DEFAULT_LR
 from foreword.tasks import training_rows
 
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=10)
+    parser.add_argument("--mlp", action="store_true", help="the default of training; else keys and values alone learn")
     parser.add_argument("--held-out", type=int, default=100, help="rows")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -89,12 +91,15 @@ def main() -> None:
     split = e2e_split()
     rows = rows_of(base, split.train, Framing(), length=options.length)
     held_out = rows_of(base, training_rows(split.dev)[: options.held_out], Framing(), length=options.length)
-    start = trainable_prefix(base, length=options.length, start=(rows[0].x, rows[0].y))
+    kind: Reparametrization = "mlp" if options.mlp else "direct"
+    start = trainable_prefix(base, length=options.length, start=(rows[0].x, rows[0].y), reparametrization=kind).to(
+        base.device
+    )
     base.model.requires_grad_(False)
     sides = {}
     for name, path in {"foreword": fast, "plain": plain}.items():
         trainable = copy.deepcopy(start)
-        optimizer = torch.optim.AdamW(trainable.parameters(), lr=DEFAULT_LR["direct"], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trainable.parameters(), lr=DEFAULT_LR[kind], weight_decay=0.0)
         schedule = get_linear_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
         sides[name] = trainable, path(base, trainable), optimizer, schedule
 
@@ -125,7 +130,12 @@ def report(
     apart: list[float],
     held_out_apart: float,
 ) -> None:
-    table = Table("step", *curves, "apart", title=f"{options.dtype}, batch {options.batch}, prefix {options.length}")
+    table = Table(
+        "step",
+        *curves,
+        "apart",
+        title=f"{options.dtype}, batch {options.batch}, prefix {options.length}{', MLP' if options.mlp else ''}",
+    )
     for step in sorted({1, *range(10, options.steps + 1, max(10, options.steps // 10)), options.steps}):
         table.add_row(str(step), *(f"{curve[step - 1]:.5f}" for curve in curves.values()), f"{apart[step - 1]:.1e}")
     table.add_section()
