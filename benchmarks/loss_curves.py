@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss_curves --dtype float32 --steps 50 --json benchmarks/results/loss_curves-float32.json
     python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --json benchmarks/results/loss_curves-bfloat16.json
-    python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --batch 4 --mlp
+    python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --batch 4 --reparametrization mlp
 
 The plain path is transformers' own alone: the prefix in a cache, the model called with labels, its default attention, all
 logits. Both paths start from the same prefix and see the same batches of E2E rows with the same optimizer and schedule.
@@ -34,7 +34,7 @@ from foreword.bases import Base
 from foreword.data import Row, batches, collate, rows_of
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Framing
-from foreword.reparam import Reparametrization, TrainablePrefix, trainable_prefix
+from foreword.reparam import TrainablePrefix, trainable_prefix
 from foreword.settings import DEFAULT_LR
 from foreword.tasks import training_rows
 
@@ -82,7 +82,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=10)
-    parser.add_argument("--mlp", action="store_true", help="the default of training; else keys and values alone learn")
+    parser.add_argument("--reparametrization", choices=("direct", "mlp"), default="direct")
+    parser.add_argument("--lr", type=float, help="peak learning rate; by default that of `foreword train`")
     parser.add_argument("--held-out", type=int, default=100, help="rows")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -91,7 +92,7 @@ def main() -> None:
     split = e2e_split()
     rows = rows_of(base, split.train, Framing(), length=options.length)
     held_out = rows_of(base, training_rows(split.dev)[: options.held_out], Framing(), length=options.length)
-    kind: Reparametrization = "mlp" if options.mlp else "direct"
+    kind = options.reparametrization
     start = trainable_prefix(base, length=options.length, start=(rows[0].x, rows[0].y), reparametrization=kind).to(
         base.device
     )
@@ -99,7 +100,7 @@ def main() -> None:
     sides = {}
     for name, path in {"foreword": fast, "plain": plain}.items():
         trainable = copy.deepcopy(start)
-        optimizer = torch.optim.AdamW(trainable.parameters(), lr=DEFAULT_LR[kind], weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trainable.parameters(), lr=options.lr or DEFAULT_LR[kind], weight_decay=0.0)
         schedule = get_linear_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
         sides[name] = trainable, path(base, trainable), optimizer, schedule
 
@@ -134,7 +135,7 @@ def report(
         "step",
         *curves,
         "apart",
-        title=f"{options.dtype}, batch {options.batch}, prefix {options.length}{', MLP' if options.mlp else ''}",
+        title=f"{options.dtype}, batch {options.batch}, prefix {options.length}, {options.reparametrization}",
     )
     for step in sorted({1, *range(10, options.steps + 1, max(10, options.steps // 10)), options.steps}):
         table.add_row(str(step), *(f"{curve[step - 1]:.5f}" for curve in curves.values()), f"{apart[step - 1]:.1e}")

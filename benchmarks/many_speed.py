@@ -39,7 +39,7 @@ from foreword.bases import Base
 from foreword.data import Row, rows_of
 from foreword.many import train_many
 from foreword.prefix import Framing, Prefix, write_atomically
-from foreword.reparam import Reparametrization, trainable_prefix
+from foreword.reparam import trainable_prefix
 from foreword.store import Store
 from foreword.users import UserFile
 
@@ -68,17 +68,13 @@ def framing_of(options: argparse.Namespace) -> Framing:
 # training
 
 
-def what_learns(options: argparse.Namespace) -> Reparametrization:
-    return "mlp" if options.mlp else "direct"
-
-
 def joint(options: argparse.Namespace, folder: Path) -> Side:
     base = load(options)
     path = folder / "users.jsonl"
     with write_atomically(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for rows in chosen().values() for row in rows)
     settings = foreword.TrainSettings(
-        length=options.length, reparametrization=what_learns(options), batch_size=ROWS_OF_EACH, epochs=100
+        length=options.length, reparametrization=options.reparametrization, batch_size=ROWS_OF_EACH, epochs=100
     )
 
     def side() -> float:
@@ -115,7 +111,7 @@ def one_prefix(options: argparse.Namespace) -> Side:
     rows = [row for own in chosen().values() for row in own]
     settings = foreword.TrainSettings(
         length=options.length,
-        reparametrization=what_learns(options),
+        reparametrization=options.reparametrization,
         batch_size=options.rows_at_once,
         accumulation=len(rows) // options.rows_at_once,
         epochs=2,
@@ -137,7 +133,7 @@ def peft_best(options: argparse.Namespace) -> Side:
     users = [
         rows_of(base, rows, framing_of(options), length=options.length) for rows in chosen().values()
     ]  # all of one user are one batch, so there is nothing to sort by length
-    model = peft_model(base, length=options.length, projection=options.mlp, attention="eager")
+    model = peft_model(base, length=options.length, projection=options.reparametrization == "mlp", attention="eager")
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -174,7 +170,10 @@ def inputs_of(options: argparse.Namespace) -> list[dict[str, str]]:
 def ours(options: argparse.Namespace, count: int) -> Side:
     base = load(options)
     card = foreword.Card(base=base.name, fingerprint=base.fingerprint)
-    prefixes = [trainable_prefix(base, length=options.length, seed=seed).fold(card) for seed in range(count)]
+    prefixes = [
+        trainable_prefix(base, length=options.length, reparametrization="direct", seed=seed).fold(card)
+        for seed in range(count)
+    ]
     ends = torch.tensor([base.end_id])
     # nobody ends early, so that all sides have the same to do
     base.model.get_output_embeddings().register_forward_hook(lambda m, i, out: out.index_fill(-1, ends, -1e9))
@@ -232,7 +231,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device")
     parser.add_argument("--length", type=int, default=10)
-    parser.add_argument("--mlp", action="store_true", help="each side with its MLP; else keys and values alone learn")
+    parser.add_argument("--reparametrization", choices=("direct", "mlp"), default="direct", help="each side's own")
     parser.add_argument("--max-input-tokens", type=int, default=40)
     parser.add_argument("--rows-at-once", type=int, default=32, help="through the base, in training")
     parser.add_argument("--rows", type=int, default=32, help="in generation")

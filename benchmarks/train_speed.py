@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks import train_vs_peft as one
 
-HEADLINE = {"rows": "e2e", "batch": 16, "length": 10, "dtype": "bfloat16"}
+HEADLINE = {"rows": "e2e", "batch": 16, "length": 10, "dtype": "bfloat16", "reparametrization": "direct"}
 
 
 def main() -> None:
@@ -33,16 +33,18 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[10, 200])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--sides", nargs="+", choices=one.SIDES, default=list(one.SIDES))
-    parser.add_argument("--mlp", action="store_true", help="each side with its MLP; else keys and values alone learn")
+    parser.add_argument("--reparametrizations", nargs="+", default=["direct"], help="direct, mlp: each side's own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15, help="each side, each round")
     parser.add_argument("--quick", action="store_true", help="the headline row alone, less long")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    names = ("rows", "batch", "length", "dtype")
+    names = ("rows", "batch", "length", "dtype", "reparametrization")
     grid = [
         dict(zip(names, cell, strict=True))
-        for cell in itertools.product(options.rows, options.batches, options.lengths, options.dtypes)
+        for cell in itertools.product(
+            options.rows, options.batches, options.lengths, options.dtypes, options.reparametrizations
+        )
     ]
     if options.quick:
         grid, options.seconds, options.sides = [HEADLINE], 6.0, ["foreword", "peft", "peft-eager"]
@@ -51,12 +53,10 @@ def main() -> None:
         results = json.loads(options.json.read_text())["results"]
     console = Console()
     for cell in grid:
-        wanted = {**cell, "mlp": options.mlp}
-        if any(wanted.items() <= r["settings"].items() for r in results):
+        if any(cell.items() <= r["settings"].items() for r in results):
             continue
         shared = ["--base", options.base, "--rounds", str(options.rounds), "--seconds", str(options.seconds)]
         shared += ["--device", options.device] if options.device else []
-        shared += ["--mlp"] if options.mlp else []
         own = [part for key, value in cell.items() for part in (f"--{key}", str(value))]
         results.append(one.compare(one.parser().parse_args([*shared, *own, "--sides", *options.sides])))
         show(console, results[-1:])

@@ -37,7 +37,7 @@ from foreword.data import Row, batches, collate, read_records, rows_of
 from foreword.limit import Work, peak_memory, product_rate
 from foreword.loss import forward_loss
 from foreword.prefix import Framing
-from foreword.reparam import trainable_prefix
+from foreword.reparam import Reparametrization, trainable_prefix
 
 SIDES = ("foreword", "peft", "peft-eager", "peft-sdpa", "full")
 BEST = ("peft-eager", "peft-sdpa")
@@ -57,12 +57,12 @@ def rows_named(base: Base, name: str, length: int, count: int) -> list[Row]:
     return rows_of(base, records[:count], framing, length=length)
 
 
-def step_of(side: str, base: Base, length: int, rows: list[Row], mlp: bool = False) -> Step:
-    """What one training step of a side is; `mlp`: prefixes are computed by each side's own MLP."""
+def step_of(side: str, base: Base, length: int, rows: list[Row], kind: Reparametrization = "direct") -> Step:
+    """What one training step of a side is; `kind` "mlp": prefixes are computed by each side's own MLP."""
     if side == "foreword":
-        trainable = trainable_prefix(
-            base, length=length, start=(rows[0].x, rows[0].y), reparametrization="mlp" if mlp else "direct"
-        ).to(base.device)
+        trainable = trainable_prefix(base, length=length, start=(rows[0].x, rows[0].y), reparametrization=kind).to(
+            base.device
+        )
         attachment = attach(base.model, trainable)
         return _step(list(trainable.parameters()), lambda chosen: _mean_loss(base, attachment, collate(base, chosen)))
     from benchmarks.peft_side import peft_batch, peft_model
@@ -71,7 +71,7 @@ def step_of(side: str, base: Base, length: int, rows: list[Row], mlp: bool = Fal
         model: Any = base.model
         model.requires_grad_(True)
     else:
-        model = peft_model(base, length=length, projection=mlp, attention=side.partition("-")[2] or None)
+        model = peft_model(base, length=length, projection=kind == "mlp", attention=side.partition("-")[2] or None)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     return _step(parameters, lambda chosen: model(**peft_batch(base, chosen)).loss)
@@ -118,7 +118,10 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
     rows = rows_named(base, options.rows, options.length, options.count)
     loaded = peak_memory(base)
-    step, work = step_of(options.side, base, options.length, rows, options.mlp), Work(base, options.length)
+    step, work = (
+        step_of(options.side, base, options.length, rows, options.reparametrization),
+        Work(base, options.length),
+    )
     turns = plan(options.side, rows, options.batch)
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])
@@ -172,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15, help="each side, each round")
     parser.add_argument("--warm", type=int, default=2, help="steps before the clock starts")
-    parser.add_argument("--mlp", action="store_true", help="each side with its MLP; else keys and values alone learn")
+    parser.add_argument("--reparametrization", choices=("direct", "mlp"), default="direct", help="each side's own")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -181,14 +184,13 @@ def parser() -> argparse.ArgumentParser:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Run every side in turn, each in its own process; a side that dies, of memory, has no figures."""
-    names = ("base", "rows", "batch", "length", "dtype", "device", "count", "seconds", "warm")
+    names = ("base", "rows", "batch", "length", "dtype", "device", "count", "seconds", "warm", "reparametrization")
     given = [
         part
         for name in names
         if getattr(options, name) is not None
         for part in (f"--{name}", str(getattr(options, name)))
     ]
-    given += ["--mlp"] if options.mlp else []
     found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for _ in range(options.rounds):
         for side in options.sides:
@@ -199,8 +201,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             elif ended.returncode != -9 and "not enough memory" not in ended.stderr + ended.stdout:
                 raise SystemExit(f"{side} failed:\n{ended.stderr[-2000:]}")
     return {
-        "name": f"{options.rows} rows, batch {options.batch}, prefix {options.length}, {options.dtype}{', MLP' if options.mlp else ''}",
-        "settings": {name: getattr(options, name) for name in (*names, "rounds", "mlp")},
+        "name": f"{options.rows} rows, batch {options.batch}, prefix {options.length}, {options.dtype}, {options.reparametrization}",
+        "settings": {name: getattr(options, name) for name in (*names, "rounds")},
         "median": {
             side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             for side, runs in found.items()

@@ -10,8 +10,8 @@ that have any. A house feature is one that at least 80% of a team's training row
 the opening words (the most that agree), the last words, and the form of the end, " - ...", " -- ..." or "(...)".
 Intervals are 95%, from drawing teams with replacement.
 
-Every side is one JSON file, written when it is done. Within a side, `foreword.train` resumes from its checkpoint and
-`foreword.train_many` skips the teams that are in its store; both lie in --work.
+Every side is one JSON file, written when it is done; one of other settings is made anew. Within a side, `foreword.train`
+resumes from its checkpoint and `foreword.train_many` skips the teams that are in its store; both lie in --work.
 """
 
 from __future__ import annotations
@@ -123,8 +123,11 @@ def team_rows(name: str) -> dict[str, list[dict[str, str]]]:
 
 
 def shared_prefix(base: Base, work: Path) -> Prefix:
-    out = work / "shared.safetensors"
-    if not out.exists() or out.with_name(f"{out.name}.checkpoint").exists():
+    out, settings = work / "shared.safetensors", settings_of("shared")
+    wanted = {**asdict(settings), "lr": settings.peak_lr}
+    del wanted["init_text"]  # a card has none
+    finished = out.exists() and not out.with_name(f"{out.name}.checkpoint").exists()
+    if not finished or not wanted.items() <= Prefix.load(out).card.training.items():
         rows = [row for own in team_rows("users-train").values() for row in own]
         began = time.perf_counter()
 
@@ -137,7 +140,7 @@ def shared_prefix(base: Base, work: Path) -> Prefix:
                 )
 
         foreword.train(
-            base, rows, settings=settings_of("shared"), framing=FRAMING, out=out, resume=True, checkpoint_every=20,
+            base, rows, settings=settings, framing=FRAMING, out=out, resume=True, overwrite=True, checkpoint_every=20,
             save_dtype=torch.float32, on_step=tell,
         )  # fmt: skip
     return Prefix.load(out, base)
@@ -185,7 +188,16 @@ def own_nothing(base: Base) -> Prefix:
     from foreword.reparam import trainable_prefix
 
     card = foreword.Card(base=base.name, fingerprint=base.fingerprint)
-    return trainable_prefix(base, length=1).fold(card)
+    return trainable_prefix(base, length=1, reparametrization="direct").fold(card)
+
+
+def is_done(name: str) -> bool:
+    path = RESULTS / f"{name}.json"
+    return path.exists() and json.loads(path.read_text())["settings"] == as_json(name)
+
+
+def as_json(name: str) -> dict[str, Any] | None:
+    return None if SIDES[name] is None else asdict(settings_of(name))
 
 
 def run(base: Base, work: Path, name: str) -> None:
@@ -208,7 +220,7 @@ def run(base: Base, work: Path, name: str) -> None:
     for (team, _), text in zip(flat, texts, strict=True):
         outputs.setdefault(team, []).append(first_line(text))
     result = {
-        "side": name, "settings": side and asdict(settings_of(name)), "framing": asdict(FRAMING), "base": base.name,
+        "side": name, "settings": as_json(name), "framing": asdict(FRAMING), "base": base.name,
         "dtype": str(base.dtype), "machine": machine(base.device), "seconds": time.perf_counter() - began,
         "train_loss": {team: prefix.card.metrics["train_loss"] for team, prefix in prefixes.items() if prefix},
         "dev_loss": {team: dev_loss(base, prefix, dev[team]) for team, prefix in prefixes.items()},
@@ -308,7 +320,7 @@ def main() -> None:
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
-    left = [name for name in options.sides if not (RESULTS / f"{name}.json").exists()]
+    left = [name for name in options.sides if not is_done(name)]
     if left and not options.table:
         base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
         for name in left:

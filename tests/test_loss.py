@@ -40,7 +40,7 @@ def test_losses_and_gradients_are_cross_entropys(
     monkeypatch.setattr(loss, "BLOCK", 3 * vocab)
     batch = collate(base, rows_of(base, ROWS, Framing()))
     weights = torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(1))
-    trainable = trainable_prefix(base, length=3)
+    trainable = trainable_prefix(base, length=3, reparametrization="direct")
     got, expected = {}, {}
     with attach(base.model, trainable) as attachment:
         for losses, gradients in ((token_losses(base, attachment, batch), got), (reference(base, batch), expected)):
@@ -59,7 +59,7 @@ def test_losses_and_gradients_are_cross_entropys(
 def test_without_gradients_nothing_is_made_for_them() -> None:
     base = tiny_base("llama")
     batch = collate(base, rows_of(base, ROWS, Framing()))
-    with attach(base.model, trainable_prefix(base, length=3)) as attachment:
+    with attach(base.model, trainable_prefix(base, length=3, reparametrization="direct")) as attachment:
         with torch.no_grad():
             silent = token_losses(base, attachment, batch)
         loud = token_losses(base, attachment, batch)
@@ -71,7 +71,7 @@ def test_without_gradients_nothing_is_made_for_them() -> None:
 def test_a_base_in_bfloat16_gives_losses_in_float32() -> None:
     base = tiny_base("llama", dtype=torch.bfloat16)
     batch = collate(base, rows_of(base, ROWS, Framing()))
-    trainable = trainable_prefix(base, length=3)
+    trainable = trainable_prefix(base, length=3, reparametrization="direct")
     with attach(base.model, trainable) as attachment:
         total = forward_loss(base, attachment, batch)
         assert total.dtype == torch.float32

@@ -300,7 +300,7 @@ def test_a_step_is_as_large_for_every_layer_in_its_own_measure(family: str) -> N
             values *= 0.3
     layers = next(iter(prefix.sections.values()))
     layers[0][1].zero_()
-    trainable = trainable_prefix(base, length=P, start=prefix)
+    trainable = trainable_prefix(base, length=P, reparametrization="direct", start=prefix)
     with torch.no_grad():
         for parameter in trainable.parameters():
             parameter += 0.5
@@ -313,7 +313,7 @@ def test_a_step_is_as_large_for_every_layer_in_its_own_measure(family: str) -> N
 
 
 def test_random_starts_are_small() -> None:
-    direct = trainable_prefix(base_of("bart"), length=31)
+    direct = trainable_prefix(base_of("bart"), length=31, reparametrization="direct")
     for matrix in direct.matrices().values():
         assert matrix.std().item() == pytest.approx(0.02, rel=0.05)
     for family in ("gpt2", "gemma3"):
@@ -463,7 +463,7 @@ def test_bad_settings_are_refused() -> None:
     with refused(SettingsError, "expected a reparametrization of direct, mlp, embedding; got 'lora'"):
         trainable_prefix(gpt2, length=P, reparametrization="lora")  # type: ignore[arg-type]
     with refused(SettingsError, "expected a length of at least 1 virtual token; got 0"):
-        trainable_prefix(gpt2, length=0)
+        trainable_prefix(gpt2, length=0, reparametrization="direct")
     with refused(SettingsError, "embedding-only virtual tokens need a decoder-only base; use the reparametrization"):
         trainable_prefix(t5, length=P, reparametrization="embedding")
     with refused(SettingsError, "a saved prefix has no embeddings to go on from: use 'direct' or 'mlp'"):
@@ -472,7 +472,7 @@ def test_bad_settings_are_refused() -> None:
 
 def test_a_prefix_of_another_base_is_refused() -> None:
     with refused(WrongBaseError, "expected a prefix for the base 'tiny gpt2' .*trained on 'tiny llama'"):
-        trainable_prefix(base_of("gpt2"), length=P, start=prefix_for(base_of("llama")))
+        trainable_prefix(base_of("gpt2"), length=P, reparametrization="direct", start=prefix_for(base_of("llama")))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "bart"])
@@ -480,8 +480,10 @@ def test_more_virtual_tokens_than_the_context_are_refused(family: str) -> None:
     base = base_of(family)
     message = f"expected a length below the base's context of {CONTEXT}; got {CONTEXT}: take a shorter prefix"
     with refused(TooLongError, message):
-        trainable_prefix(base, length=CONTEXT, start=([1], [2]))
+        trainable_prefix(base, length=CONTEXT, reparametrization="direct", start=([1], [2]))
     if not base.is_encoder_decoder:
         with refused(TooLongError, message):
             trainable_prefix(base, length=CONTEXT, reparametrization="embedding")
-    assert trainable_prefix(base, length=CONTEXT - 1, start=([1], [2])).length == CONTEXT - 1
+    assert (
+        trainable_prefix(base, length=CONTEXT - 1, reparametrization="direct", start=([1], [2])).length == CONTEXT - 1
+    )

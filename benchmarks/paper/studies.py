@@ -22,20 +22,18 @@ E2E_DIFFERS = (
 )
 
 
-def _curve(sizes: Mapping[int, int], tuned: int, options: Namespace) -> tuple[dict[int, int], int, list[Arm]]:
-    """Prefix and full fine-tuning by training size.
+def _curve(sizes: Mapping[int, int], options: Namespace) -> tuple[dict[int, int], list[Arm]]:
+    """Prefix and full fine-tuning by training size, with a learning rate for each.
 
     Args:
         sizes: epochs by number of rows; those that the user chose are taken.
-        tuned: rows at which learning rates are chosen, if taken; else the most.
 
     Returns:
-        The sizes taken, the one at which learning rates are chosen, and the arms.
+        The sizes taken, and the arms.
     """
     chosen = {size: epochs for size, epochs in sizes.items() if options.sizes is None or size in options.sizes}
     if not chosen:
         raise SystemExit(f"expected some of the sizes {', '.join(map(str, sizes))}; got {options.sizes}")
-    tuned = tuned if tuned in chosen else max(chosen)
     arms = [
         Arm(
             name=f"{kind} {size}",
@@ -43,19 +41,18 @@ def _curve(sizes: Mapping[int, int], tuned: int, options: Namespace) -> tuple[di
             rows=size,
             epochs=epochs,
             options=Options(length=options.length),
-            rate_of=None if size == tuned else f"{kind} {tuned}",
             line=kind,
             x=size,
         )
         for kind, method in {"prefix": "prefix", "fine-tuning": "full"}.items()
         for size, epochs in chosen.items()
     ]
-    return chosen, tuned, arms
+    return chosen, arms
 
 
 def low_data(options: Namespace) -> Study:
     """Prefix against full fine-tuning on few E2E rows (section 6.3, figure 3)."""
-    chosen, tuned, arms = _curve({50: 20, 100: 15, 200: 10, 500: 5}, 200, options)
+    chosen, arms = _curve({50: 20, 100: 15, 200: 10, 500: 5}, options)
     return Study(
         name="e2e-lowdata",
         title="E2E with few rows: prefix against full fine-tuning",
@@ -64,8 +61,8 @@ def low_data(options: Namespace) -> Study:
         metrics="e2e",
         primary="e2e.BLEU",
         contrasts=[(f"fine-tuning {size}", f"prefix {size}") for size in chosen],
-        cut=f"{options.samples} samples of rows and {options.seeds} seed (the paper: 5 and 2; --samples 5 --seeds 2); learning "
-        f"rates chosen at {tuned} rows for every size; {options.test_inputs} test inputs; epochs "
+        cut=f"samples of rows: {options.samples}, seeds: {options.seeds} (the paper: 5 and 2; --samples 5 --seeds 2); "
+        f"{options.test_inputs} test inputs; epochs "
         + ", ".join(f"{epochs} at {size} rows" for size, epochs in chosen.items()),
         published=published.LOW_DATA,
         differs=E2E_DIFFERS,
@@ -94,7 +91,7 @@ def webnlg(options: Namespace) -> Study:
         primary="webnlg.BLEU",
         contrasts=[("fine-tuning", "prefix"), ("top two layers", "prefix")],
         cut=f"{options.rows} rows and {options.epochs} epochs (the paper: 18,000 and 5); {options.test_inputs} test inputs each "
-        f"of seen and unseen categories; {options.seeds} seeds",
+        f"of seen and unseen categories; seeds: {options.seeds}",
         published=published.WEBNLG,
         differs=f"the base (SmolLM2-135M-Instruct for GPT-2 medium); the data ({held}); greedy outputs for beams of 5. "
         "No adapters: no library for them runs here, see benchmarks/methods.py. METEOR and TER are 0 to 1.",
@@ -158,7 +155,7 @@ def ablations(options: Namespace) -> Study:
             (f"{few} rows, random", f"{few} rows, words of the task"),
             (f"{few} rows, other words", f"{few} rows, words of the task"),
         ],
-        cut=f"{options.rows} rows and {options.epochs} epochs (the paper: 42,000 and 5); {options.seeds} seed; learning rates "
+        cut=f"{options.rows} rows and {options.epochs} epochs (the paper: 42,000 and 5); seeds: {options.seeds}; learning rates "
         "chosen once for the MLP, embeddings, and keys and values alone, at length 10",
         published=published.ABLATIONS,
         differs=E2E_DIFFERS,
@@ -181,7 +178,7 @@ SYNOPSIS_DIFFERS = (
 
 def summarization(options: Namespace) -> Study:
     """Summaries by a decoder-only base, by training size (section 6.2, figure 3)."""
-    chosen, tuned, arms = _curve({100: 10, 500: 4, 2000: 2}, 500, options)
+    chosen, arms = _curve({100: 10, 500: 4, 2000: 2}, options)
     return Study(
         name="summarization",
         title="Synopses: prefix against full fine-tuning",
@@ -193,7 +190,7 @@ def summarization(options: Namespace) -> Study:
         framing=Framing(template="{input}\nSynopsis:", max_input_tokens=256),
         max_output_tokens=30,
         new_tokens=30,
-        cut=f"at most {max(chosen)} rows, {options.seeds} seed, learning rates chosen at {tuned} rows, 256 tokens of a document, "
+        cut=f"at most {max(chosen)} rows, seeds: {options.seeds}, 256 tokens of a document, "
         f"{options.test_inputs} test inputs",
         published=published.XSUM,
         differs=f"{SYNOPSIS_DIFFERS}; the base (SmolLM2-135M-Instruct for BART large); greedy outputs for beams of 6.",
@@ -234,7 +231,7 @@ def encoder_decoder(options: Namespace) -> Study:
         framing=Framing(template="{input}", max_input_tokens=256),
         max_output_tokens=40,
         new_tokens=40,
-        cut=f"{options.rows} rows, {options.epochs} epochs, {options.seeds} seed, {options.test_inputs} development rows for tests",
+        cut=f"{options.rows} rows, {options.epochs} epochs, seeds: {options.seeds}, {options.test_inputs} development rows for tests",
         published=published.XSUM,
         differs=f"{SYNOPSIS_DIFFERS}; the base (a BART of 9.7 million parameters, pretrained for minutes on the same documents, "
         "for BART large); greedy outputs for beams of 6.",

@@ -253,7 +253,7 @@ def trainable_prefix(
     base: Base,
     *,
     length: int,
-    reparametrization: Reparametrization = "direct",
+    reparametrization: Reparametrization,
     hidden: int | None = None,
     start: Prefix | tuple[Sequence[int], Sequence[int]] | None = None,
     seed: int = 0,
