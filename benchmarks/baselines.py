@@ -29,6 +29,10 @@ ARMS = {
 }
 
 
+USUAL = {"rows": 500, "epochs": 5, "dev": 50, "test_inputs": 100, "base": "smollm2-135m", "dtype": "bfloat16"}
+"""What makes a run; with other values the folder is named after them."""
+
+
 def baselines(options: argparse.Namespace) -> Study:
     names = [name for name, (method, _, _) in ARMS.items() if options.methods is None or method in options.methods]
     return Study(
@@ -50,24 +54,20 @@ def baselines(options: argparse.Namespace) -> Study:
         cut=f"{options.rows} rows (the challenge: 42,000), {options.seeds} seeds, {options.test_inputs} test inputs",
         published=published.E2E,
         differs="see e2e-lowdata of benchmarks.paper; adapters are missing, since no library for them runs here",
-        settings={
-            flag: getattr(options, flag)
-            for flag, usual in {"rows": 500, "epochs": 5, "dev": 50, "test_inputs": 100, "base": "smollm2-135m"}.items()
-            if getattr(options, flag) != usual
-        },
+        settings={flag: getattr(options, flag) for flag, usual in USUAL.items() if getattr(options, flag) != usual},
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--rows", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--base", default=USUAL["base"])
+    parser.add_argument("--rows", type=int, default=USUAL["rows"])
+    parser.add_argument("--epochs", type=int, default=USUAL["epochs"])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--dev", type=int, default=50)
-    parser.add_argument("--test-inputs", type=int, default=100)
+    parser.add_argument("--dev", type=int, default=USUAL["dev"])
+    parser.add_argument("--test-inputs", type=int, default=USUAL["test_inputs"])
     parser.add_argument("--methods", nargs="+", choices=sorted({method for method, _, _ in ARMS.values()}))
-    parser.add_argument("--dtype")
+    parser.add_argument("--dtype", default=USUAL["dtype"])
     parser.add_argument("--device")
     parser.add_argument("--table", action="store_true", help="report what is there, and run nothing")
     options = parser.parse_args()

@@ -242,7 +242,7 @@ def table(console: Console, split: Split, sides: Sequence[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
         "--sides", nargs="+", choices=list(GRIDS), default=["foreword", "peft-projected", "peft-direct"]
     )

@@ -16,14 +16,14 @@ import sys
 from benchmarks.paper.studies import STUDIES
 from benchmarks.report import work_and_report
 
-COMMON = {"samples": 1, "seeds": 1, "length": 10, "beams": 1, "base": None, "dtype": None, "device": None}
+COMMON = {"samples": 1, "seeds": 1, "length": 10, "beams": 1, "base": None, "dtype": "bfloat16", "device": None}
 HELP = {
     "samples": "samples of training rows",
     "seeds": "seeds of each",
     "length": "virtual tokens",
     "beams": "beams; 1 for greedy outputs",
     "base": "by default smollm2-135m, and for encoder-decoder the small BART",
-    "dtype": "of the base; by default bfloat16 where the processor has it",
+    "dtype": "of the base; not the machine's choice, since a study may go on on another one",
     "device": "as torch names it",
     "rows": "training rows",
     "sizes": "of the curve's training sizes, these alone",
