@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_json
@@ -68,7 +69,7 @@ def markdown(
     parts = [f"# {study.title}", f"`{command}`"]
     if left:
         parts.append(
-            f"**Unfinished**: {len(left)} runs that can be made now are not there, the first `{left[0]}`; the same command "
+            f"**Unfinished**: runs that can be made now and are not there: {len(left)}, the first `{left[0]}`; the same command "
             "goes on. What follows is of the finished ones alone."
         )
     if study.cut:
@@ -128,8 +129,9 @@ def markdown(
     if study.differs:
         parts.append(f"What differs: {study.differs}")
     run = found[0].runs[0]
+    base = Path(study.base).name if Path(study.base).is_absolute() else study.base
     parts.append(
-        f"Ours: base `{study.base}` in {run['dtype']}, {run['machine']['threads']} threads, torch {run['machine']['torch']}, "
+        f"Ours: base `{base}` in {run['dtype']}, {run['machine']['threads']} threads, torch {run['machine']['torch']}, "
         f"batches of 16 rows, {'greedy' if study.beams == 1 else f'beams {study.beams}'}."
     )
     return "\n\n".join(parts) + "\n"

@@ -271,7 +271,7 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     first = todo(study)
     assert [(unit.arm, unit.sample, unit.seed) for unit in first] == [("tuned 4", 0, 0)] * 3 + [("prefix 4", 0, 0)] * 3
     text = report(study, command="the command")
-    assert "**Unfinished**: 6 runs" in text
+    assert "**Unfinished**: runs that can be made now and are not there: 6, the first" in text
     assert "No arm has a finished run at a chosen learning rate yet." in text
 
     scores = {"tuned 4": {1e-4: 0.1, 2e-4: 0.2, 4e-4: 0.1}, "prefix 4": {5e-4: 0.1, 1e-3: 0.3, 2e-3: 0.2}}
@@ -292,9 +292,7 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     assert done[6:] == [Unit("prefix 5", 1e-3, 0, 0), Unit("tuned 4", 2e-4, 1, 0)]
     assert [unit.arm for unit in todo(study)] == ["prefix 4", "prefix 5"]
     text = report(study, command="the command")
-    assert (
-        "**Unfinished**: 2 runs that can be made now are not there, the first `prefix_4-lr0.001-sample1-seed0`" in text
-    )
+    assert "**Unfinished**: runs that can be made now and are not there: 2, the first `prefix_4-lr0.001-" in text
     facts = json.loads((results / "tiny.json").read_text("utf-8"))
     assert {line["arm"]: line["runs"] for line in facts["lines"]} == {"tuned 4": 2, "prefix 4": 1, "prefix 5": 1}
     assert facts["contrasts"][0]["runs"] == 1
@@ -304,6 +302,7 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     assert todo(study) == []
     text = report(study, command="the command")
     assert "Unfinished" not in text
+    assert f"base `{folder.name}`" in text  # and not where it lies
     assert text == (results / "tiny.md").read_text("utf-8")
     for words in (
         "# Tiny",
@@ -347,6 +346,14 @@ def test_the_papers_studies_are_whole(name: str) -> None:
     assert study.published
     assert study.differs
     assert study.cut
+
+
+def test_a_table_pretrains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOREWORD_CACHE", str(tmp_path))
+    make, _ = STUDIES["encoder-decoder"]
+    study = make(options_of(["encoder-decoder", "--table", "--bart-minutes", "7"]))
+    assert study.base == str(tmp_path / "benchmarks" / "bart-debian-7-minutes")
+    assert not list(tmp_path.iterdir())
 
 
 def test_flags_of_the_paper() -> None:

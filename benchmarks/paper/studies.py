@@ -205,7 +205,8 @@ def encoder_decoder(options: Namespace) -> Study:
     from benchmarks.bart import default_folder, pretrain
 
     if options.base is None:
-        options.base = str(pretrain(default_folder(options.bart_minutes), minutes=options.bart_minutes))
+        folder = default_folder(options.bart_minutes)
+        options.base = str(folder if options.table else pretrain(folder, minutes=options.bart_minutes))
     length = options.length
     arms = [
         Arm(name=name, method=method, grid=grid, rows=options.rows, epochs=options.epochs, options=own)
