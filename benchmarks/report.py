@@ -170,10 +170,15 @@ def plot(study: Study, found: Sequence[Line]) -> None:
             axis.legend()
         else:
             values, errors = whiskers(found, group, name)
-            axis.bar([line.arm.name for line in found], values, yerr=errors, capsize=3, color="#7a9cc6")
-            axis.tick_params(axis="x", rotation=60)
-        axis.set_title(group if len(groups) > 1 else study.title, fontsize=9)
-    axes[0][0].set_ylabel(name)
+            axis.barh([line.arm.name for line in found], values, xerr=errors, capsize=3, color="#7a9cc6")
+            axis.set_xlabel(name)
+        if len(groups) > 1:
+            axis.set_title(group, fontsize=9)
+    if curves:
+        axes[0][0].set_ylabel(name)
+    else:
+        axes[0][0].invert_yaxis()  # the first arm on top, in every group: they share the axis
+    figure.suptitle(study.title, fontsize=10)
     figure.tight_layout()
     with write_atomically(RESULTS / f"{study.full_name}.svg") as aside:
         figure.savefig(aside, format="svg", metadata={"Date": None})

@@ -234,8 +234,8 @@ def encoder_decoder(options: Namespace) -> Study:
         new_tokens=40,
         cut=f"{options.rows} rows, {options.epochs} epochs, seeds: {options.seeds}, {options.test_inputs} development rows for tests",
         published=published.XSUM,
-        differs=f"{SYNOPSIS_DIFFERS}; the base (a BART of 9.7 million parameters, pretrained for minutes on the same documents, "
-        "for BART large); greedy outputs for beams of 6.",
+        differs=f"{SYNOPSIS_DIFFERS}; the base (a BART of 9.7 million parameters, pretrained for {options.bart_minutes:g} minutes "
+        "on the same documents, for BART large); greedy outputs for beams of 6.",
         expected=["prefixes behind full fine-tuning; of a prefix in the decoder alone the paper says nothing"],
         **common(options),
     )
