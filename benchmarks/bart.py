@@ -1,6 +1,6 @@
 """A small BART, pretrained by denoising the documents of debian-synopsis, for the encoder-decoder benchmarks.
 
-    python -m benchmarks.bart                 # once, about an hour on two cores with bfloat16; prints the folder
+    python -m benchmarks.bart                 # once, about an hour; prints the folder
     python -m benchmarks.bart --minutes 25    # a smaller budget: another folder
 
 No pretrained encoder-decoder is to be had offline, so this is one: 9.7 million parameters, byte-level BPE of 8,192 tokens,

@@ -28,7 +28,6 @@ ARMS = {
     "full fine-tuning": ("full", None, Options()),
 }
 
-
 USUAL = {"rows": 500, "epochs": 5, "dev": 50, "test_inputs": 100, "base": "smollm2-135m", "dtype": "bfloat16"}
 """What makes a run; with other values the folder is named after them."""
 
@@ -51,7 +50,7 @@ def baselines(options: argparse.Namespace) -> Study:
         seeds=options.seeds,
         dtype=options.dtype,
         device=options.device,
-        cut=f"{options.rows} rows (the challenge: 42,000), {options.seeds} seeds, {options.test_inputs} test inputs",
+        cut=f"{options.rows} rows (the challenge: 42,000), seeds: {options.seeds}, {options.test_inputs} test inputs",
         published=published.E2E,
         differs="see e2e-lowdata of benchmarks.paper; adapters are missing, since no library for them runs here",
         settings={flag: getattr(options, flag) for flag, usual in USUAL.items() if getattr(options, flag) != usual},
@@ -60,16 +59,17 @@ def baselines(options: argparse.Namespace) -> Study:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=USUAL["base"])
-    parser.add_argument("--rows", type=int, default=USUAL["rows"])
-    parser.add_argument("--epochs", type=int, default=USUAL["epochs"])
+    parser.add_argument("--base")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--dev", type=int, default=USUAL["dev"])
-    parser.add_argument("--test-inputs", type=int, default=USUAL["test_inputs"])
+    parser.add_argument("--dev", type=int)
+    parser.add_argument("--test-inputs", type=int)
     parser.add_argument("--methods", nargs="+", choices=sorted({method for method, _, _ in ARMS.values()}))
-    parser.add_argument("--dtype", default=USUAL["dtype"])
+    parser.add_argument("--dtype")
     parser.add_argument("--device")
     parser.add_argument("--table", action="store_true", help="report what is there, and run nothing")
+    parser.set_defaults(**USUAL)
     options = parser.parse_args()
     work_and_report(baselines(options), module="benchmarks.baselines", table=options.table)
 

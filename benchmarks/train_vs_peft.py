@@ -57,7 +57,7 @@ def rows_named(base: Base, name: str, length: int, count: int) -> list[Row]:
     return rows_of(base, records[:count], framing, length=length)
 
 
-def step_of(side: str, base: Base, length: int, rows: list[Row], kind: Reparametrization = "direct") -> Step:
+def step_of(side: str, base: Base, length: int, rows: list[Row], kind: Reparametrization) -> Step:
     """What one training step of a side is; `kind` "mlp": prefixes are computed by each side's own MLP."""
     if side == "foreword":
         trainable = trainable_prefix(base, length=length, start=(rows[0].x, rows[0].y), reparametrization=kind).to(
@@ -118,10 +118,8 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
     rows = rows_named(base, options.rows, options.length, options.count)
     loaded = peak_memory(base)
-    step, work = (
-        step_of(options.side, base, options.length, rows, options.reparametrization),
-        Work(base, options.length),
-    )
+    step = step_of(options.side, base, options.length, rows, options.reparametrization)
+    work = Work(base, options.length)
     turns = plan(options.side, rows, options.batch)
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])

@@ -292,7 +292,10 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     assert done[6:] == [Unit("prefix 5", 1e-3, 0, 0), Unit("tuned 4", 2e-4, 1, 0)]
     assert [unit.arm for unit in todo(study)] == ["prefix 4", "prefix 5"]
     text = report(study, command="the command")
-    assert "**Unfinished**: runs that can be made now and are not there: 2, the first `prefix_4-lr0.001-" in text
+    assert (
+        "**Unfinished**: runs that can be made now and are not there: 2, the first `prefix_4-lr0.001-sample1-seed0`"
+        in text
+    )
     facts = json.loads((results / "tiny.json").read_text("utf-8"))
     assert {line["arm"]: line["runs"] for line in facts["lines"]} == {"tuned 4": 2, "prefix 4": 1, "prefix 5": 1}
     assert facts["contrasts"][0]["runs"] == 1
@@ -350,6 +353,7 @@ def test_the_papers_studies_are_whole(name: str) -> None:
 
 def test_a_table_pretrains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREWORD_CACHE", str(tmp_path))
+    monkeypatch.setattr(benchmarks.bart, "pretrain", lambda *_, **__: pytest.fail("it pretrains"))
     make, _ = STUDIES["encoder-decoder"]
     study = make(options_of(["encoder-decoder", "--table", "--bart-minutes", "7"]))
     assert study.base == str(tmp_path / "benchmarks" / "bart-debian-7-minutes")
