@@ -28,14 +28,15 @@ ARMS = {
     "full fine-tuning": ("full", None, Options()),
 }
 
-USUAL = {"rows": 500, "epochs": 5, "dev": 50, "test_inputs": 100, "base": "smollm2-135m", "dtype": "bfloat16"}
-"""What makes a run; with other values the folder is named after them."""
+USUAL = {"rows": 500, "epochs": 5, "dev": 50, "test_inputs": 100, "base": "smollm2-135m", "dtype": "float32"}
+"""What makes a run; with other values the files are named after them."""
 
 
 def baselines(options: argparse.Namespace) -> Study:
     names = [name for name, (method, _, _) in ARMS.items() if options.methods is None or method in options.methods]
     return Study(
         name="baselines",
+        shared="e2e",
         title=f"E2E, {options.rows} rows, {options.epochs} epochs: ways to tune",
         base=options.base,
         arms=[
@@ -53,7 +54,11 @@ def baselines(options: argparse.Namespace) -> Study:
         cut=f"{options.rows} rows (the challenge: 42,000), seeds: {options.seeds}, {options.test_inputs} test inputs",
         published=published.E2E,
         differs="see e2e-lowdata of benchmarks.paper; adapters are missing, since no library for them runs here",
-        settings={flag: getattr(options, flag) for flag, usual in USUAL.items() if getattr(options, flag) != usual},
+        settings={
+            flag.replace("_", "-"): getattr(options, flag)
+            for flag, usual in USUAL.items()
+            if getattr(options, flag) != usual
+        },
     )
 
 

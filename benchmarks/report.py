@@ -149,6 +149,7 @@ def plot(study: Study, found: Sequence[Line]) -> None:
         print("no plot: this needs the package 'matplotlib': pip install 'foreword[bench]'", file=sys.stderr)
         return
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = study.full_name  # else the same figures give another file each time
     from matplotlib import pyplot
 
     groups = list(found[0].scores)

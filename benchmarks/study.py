@@ -27,6 +27,8 @@ from foreword.tasks import Example
 
 RESULTS = Path(__file__).with_name("results")
 BATCH = 16
+IN_A_SETUP = ("rows", "epochs", "length")
+"""Flags that are in the name of a run; those of the others are in the name of the runs' folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Arm:
     """A line of the table.
 
     Args:
-        name: of the line; also of its runs' files.
+        name: of the line.
         method: a name in METHODS; its learning rates are those of GRIDS under `grid` or, by default, the method.
         rows: training rows.
         epochs: passes over them.
@@ -70,6 +72,13 @@ class Arm:
     line: str | None = None
     x: float | None = None
 
+    @property
+    def setup(self) -> str:
+        """What is run, whatever study it is for: method, rows, epochs, and the options that are not the usual ones."""
+        usual = dataclasses.asdict(Options())
+        own = (f"-{key}_{value}" for key, value in dataclasses.asdict(self.options).items() if value != usual[key])
+        return slug(f"{self.method}-{self.rows}x{self.epochs}{''.join(own)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
@@ -77,6 +86,8 @@ class Study:
 
     Args:
         name: of the files.
+        shared: of the runs' folder. Studies with the same data, framing and ways to generate share one, so that what is a
+            run of both is made once. Default: the study's name.
         title: of the report.
         base: as `load_base` takes it.
         arms: the lines.
@@ -90,7 +101,7 @@ class Study:
         differs: what is not as in the paper.
         expected: what the paper lets us expect.
         x_label: of the plot.
-        settings: what was changed from the defaults, by flag; it names the folder.
+        settings: what was changed from the defaults, by flag; it names the files.
     """
 
     name: str
@@ -115,42 +126,51 @@ class Study:
     expected: Sequence[str] = ()
     x_label: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    shared: str | None = None
 
     @property
     def full_name(self) -> str:
-        changed = "".join(f"-{flag}{value}" for flag, value in sorted(self.settings.items()))
-        return (self.name + changed).strip("/").replace("/", "_")
+        return _named(self.name, self.settings)
 
     @property
     def runs(self) -> Runs:
-        return Runs(RESULTS / self.full_name)
+        rest = {flag: value for flag, value in self.settings.items() if flag not in IN_A_SETUP}
+        return Runs(RESULTS / _named(self.shared or self.name, rest))
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
+
+    def with_setup(self, setup: str) -> Arm:
+        return next(arm for arm in self.arms if arm.setup == setup)
+
+
+def _named(name: str, settings: Mapping[str, Any]) -> str:
+    changed = "".join(f"-{flag}{value}" for flag, value in sorted(settings.items()))
+    return (name + changed).strip("/").replace("/", "_")
 
 
 class Unit(NamedTuple):
     """One run."""
 
-    arm: str
+    setup: str
     lr: float
     sample: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{slug(self.arm)}-lr{self.lr:g}-sample{self.sample}-seed{self.seed}"
+        return f"{self.setup}-lr{self.lr:g}-sample{self.sample}-seed{self.seed}"
 
 
-def slug(arm: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", arm)
+def slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text)
 
 
 def rate(study: Study, arm: Arm) -> tuple[float | None, list[float]]:
     """The arm's learning rate, or None and those to try next."""
     if arm.rate_of is not None:
         return rate(study, study.arm(arm.rate_of))[0], []
-    first = [r for r in study.runs.matching(f"{slug(arm.name)}-lr*-sample0-seed0") if r["arm"] == arm.name]
+    first = study.runs.matching(f"{arm.setup}-lr*-sample0-seed0")
     return best_rate({r["lr"]: r["dev_score"] for r in first}, GRIDS[arm.grid or arm.method])
 
 
@@ -159,16 +179,16 @@ def todo(study: Study) -> list[Unit]:
     rates, rest = [], []
     for arm in study.arms:
         best, tried = rate(study, arm)
-        rates += [Unit(arm.name, lr, 0, 0) for lr in tried]
+        rates += [Unit(arm.setup, lr, 0, 0) for lr in tried]
         if best is not None:
-            rest += [Unit(arm.name, best, i, j) for i in range(study.samples) for j in range(study.seeds)]
+            rest += [Unit(arm.setup, best, i, j) for i in range(study.samples) for j in range(study.seeds)]
     left = [unit for unit in rest if study.runs.get(unit.name) is None]
     return rates + sorted(left, key=lambda unit: (unit.sample, unit.seed))
 
 
 def run(study: Study, unit: Unit) -> dict[str, Any]:
     """Train and generate; what is kept of it."""
-    arm = study.arm(unit.arm)
+    arm = study.with_setup(unit.setup)
     data = study.data(unit.sample, arm.rows)
     base = foreword.load_base(study.base, dtype=study.dtype, device=study.device)
     options = dataclasses.replace(arm.options, seed=unit.seed)
@@ -246,7 +266,7 @@ def lines(study: Study, *, samples: int = 1000) -> list[Line]:
             result
             for i in range(study.samples)
             for j in range(study.seeds)
-            if (result := study.runs.get(Unit(arm.name, lr, i, j).name)) is not None and not result["diverged"]
+            if (result := study.runs.get(Unit(arm.setup, lr, i, j).name)) is not None and not result["diverged"]
         ]
         if not runs:
             continue

@@ -269,12 +269,13 @@ def test_a_study_goes_on_and_reports_what_is_missing(
 ) -> None:
     study = tiny_study(folder)
     first = todo(study)
-    assert [(unit.arm, unit.sample, unit.seed) for unit in first] == [("tuned 4", 0, 0)] * 3 + [("prefix 4", 0, 0)] * 3
+    tuned, prefix, more = (arm.setup for arm in study.arms)
+    assert [(unit.setup, unit.sample, unit.seed) for unit in first] == [(tuned, 0, 0)] * 3 + [(prefix, 0, 0)] * 3
     text = report(study, command="the command")
     assert "**Unfinished**: runs that can be made now and are not there: 6, the first" in text
     assert "No arm has a finished run at a chosen learning rate yet." in text
 
-    scores = {"tuned 4": {1e-4: 0.1, 2e-4: 0.2, 4e-4: 0.1}, "prefix 4": {5e-4: 0.1, 1e-3: 0.3, 2e-3: 0.2}}
+    scores = {tuned: {1e-4: 0.1, 2e-4: 0.2, 4e-4: 0.1}, prefix: {5e-4: 0.1, 1e-3: 0.3, 2e-3: 0.2}}
     done: list[Unit] = []
     real = benchmarks.study.run
 
@@ -283,18 +284,18 @@ def test_a_study_goes_on_and_reports_what_is_missing(
             raise KeyboardInterrupt
         done.append(unit)
         result = real(study, unit)
-        if unit.sample == 0 and unit.arm in scores:
-            result["dev_score"] = scores[unit.arm][unit.lr]
+        if unit.sample == 0 and unit.setup in scores:
+            result["dev_score"] = scores[unit.setup][unit.lr]
         return result
 
     with pytest.raises(KeyboardInterrupt):
         study.runs.work(lambda: todo(study), run)
-    assert done[6:] == [Unit("prefix 5", 1e-3, 0, 0), Unit("tuned 4", 2e-4, 1, 0)]
-    assert [unit.arm for unit in todo(study)] == ["prefix 4", "prefix 5"]
+    assert done[6:] == [Unit(more, 1e-3, 0, 0), Unit(tuned, 2e-4, 1, 0)]
+    assert [unit.setup for unit in todo(study)] == [prefix, more]
     text = report(study, command="the command")
     assert (
-        "**Unfinished**: runs that can be made now and are not there: 2, the first `prefix_4-lr0.001-sample1-seed0`"
-        in text
+        "**Unfinished**: runs that can be made now and are not there: 2, the first "
+        "`prefix-4x1-length_2-lr0.001-sample1-seed0`" in text
     )
     facts = json.loads((results / "tiny.json").read_text("utf-8"))
     assert {line["arm"]: line["runs"] for line in facts["lines"]} == {"tuned 4": 2, "prefix 4": 1, "prefix 5": 1}
@@ -324,10 +325,31 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     assert line["groups"]["seen"]["figures"].keys() == {"ROUGE-1", "ROUGE-2", "ROUGE-L", "TER"}
 
 
-def test_another_size_has_another_folder(folder: Path, results: Path) -> None:
-    study = tiny_study(folder, settings={"rows": 7, "base": "/a/b"})
-    assert study.runs.folder.parent == results
-    assert study.full_name == "tiny-base_a_b-rows7".replace("base_a_b", "base_a_b")
+def test_what_another_study_has_run_is_not_run_again(folder: Path, results: Path) -> None:
+    first, second = (tiny_study(folder, name=name, shared="both") for name in ("first", "second"))
+    for unit in todo(first)[:3]:
+        first.runs.write(unit.name, {**unit._asdict(), "dev_score": unit.lr == 2e-4})
+    best = Unit(first.arm("tuned 4").setup, 2e-4, 1, 0)
+    assert first.runs.get(best.name) is None
+    assert [one for one in todo(second) if one.setup == best.setup] == [best]
+    other = tiny_study(folder, name="second", shared="both", settings={"dtype": "bfloat16"})
+    assert len(todo(other)) == 6
+
+
+def test_a_setup_is_told_by_all_that_makes_it() -> None:
+    own = {"method": "prefix", "rows": 4, "epochs": 1}
+    arms = [Arm(name="a", **own, options=Options(**one)) for one in ({}, {"length": 3}, {"infix": True})]
+    arms += [Arm(name="a", **{**own, key: value}) for key, value in {"method": "full", "rows": 5, "epochs": 2}.items()]
+    arms.append(Arm(name="a", **own, options=Options(init_text="words: of the task")))
+    assert len({arm.setup for arm in arms}) == len(arms)
+    assert Arm(name="b", **own, x=3, rate_of="a").setup == arms[0].setup == "prefix-4x1"
+    assert arms[-1].setup == "prefix-4x1-init_text_words_of_the_task"
+
+
+def test_what_is_not_in_a_runs_name_is_in_its_folders(folder: Path, results: Path) -> None:
+    study = tiny_study(folder, shared="data", settings={"rows": 7, "base": "/a/b"})
+    assert study.runs.folder == results / "data-base_a_b"
+    assert study.full_name == "tiny-base_a_b-rows7"
 
 
 def test_samples_differ_and_repeat() -> None:

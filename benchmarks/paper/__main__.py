@@ -4,8 +4,9 @@
     python -m benchmarks.paper webnlg --test webnlg_challenge_2017/test --rows 18000 --epochs 5 --test-inputs 2000
     python -m benchmarks.paper e2e-lowdata --table
 
-Each goes on where it was stopped, one JSON file a finished run under benchmarks/results/NAME, and writes NAME.md, NAME.json
-and NAME.svg there, finished or not. With other sizes than the default, the folder is named after them.
+Each goes on where it was stopped, one JSON file a finished run, and writes NAME.md, NAME.json and NAME.svg into
+benchmarks/results/, finished or not. Other sizes than the default have files named after them. Runs on the same data, such
+as those of e2e-lowdata, ablations and benchmarks.baselines, lie in one folder, and what several need is run once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from benchmarks.paper.studies import STUDIES
 from benchmarks.report import work_and_report
 
-COMMON = {"samples": 1, "seeds": 1, "length": 10, "beams": 1, "base": None, "dtype": "bfloat16", "device": None}
+COMMON = {"samples": 1, "seeds": 1, "length": 10, "beams": 1, "base": None, "dtype": "float32", "device": None}
 HELP = {
     "samples": "samples of training rows",
     "seeds": "seeds of each",

@@ -55,6 +55,7 @@ def low_data(options: Namespace) -> Study:
     chosen, arms = _curve({50: 20, 100: 15, 200: 10, 500: 5}, options)
     return Study(
         name="e2e-lowdata",
+        shared="e2e",
         title="E2E with few rows: prefix against full fine-tuning",
         arms=arms,
         data=lambda sample, rows: data.e2e(sample, rows, options.dev, options.test_inputs),
@@ -142,6 +143,7 @@ def ablations(options: Namespace) -> Study:
     ]
     return Study(
         name="ablations",
+        shared="e2e",
         title="E2E: length, embeddings alone, infix, start, MLP",
         arms=arms,
         data=lambda sample, rows: data.e2e(sample, rows, options.dev, options.test_inputs),
@@ -262,7 +264,6 @@ STUDIES: Mapping[str, tuple[Callable[[Namespace], Study], Mapping[str, Any]]] = 
             "dev": 200,
             "seeds": 2,
             "test_inputs": 500,
-            "dtype": "float32",
             "bart_minutes": 60.0,
         },
     ),
