@@ -212,7 +212,8 @@ METHODS: dict[str, Callable[[Base, Sequence[Row], Options], Learner]] = {
 """The methods, by name."""
 
 GRIDS: dict[str, list[float]] = {
-    "prefix": [5e-4, 1e-3, 2e-3],
+    "prefix": [2.5e-4, 5e-4, 1e-3],
+    "prefix-small": [5e-4, 1e-3, 2e-3],
     "prefix-direct": [2.5e-2, 5e-2, 1e-1],
     "prefix-embedding": [1e-2, 2e-2, 4e-2],
     "full": [2.5e-5, 5e-5, 1e-4],
@@ -239,7 +240,7 @@ class _InFloat32:
     def __init__(self, parameters: Sequence[torch.nn.Parameter]):
         self.own = list(parameters)
         self.exact = [p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in self.own]
-        self.adam = torch.optim.AdamW(self.exact, weight_decay=0.0)
+        self.adam = torch.optim.AdamW(self.exact, weight_decay=0.0, fused=True)
 
     def step(self, lr: float) -> bool:
         """Make a step; False where the gradient is not finite."""

@@ -132,7 +132,7 @@ def markdown(
     base = Path(study.base).name if Path(study.base).is_absolute() else study.base
     parts.append(
         f"Ours: base `{base}` in {run['dtype']}, {run['machine']['threads']} threads, torch {run['machine']['torch']}, "
-        f"batches of 16 rows, {'greedy' if study.beams == 1 else f'beams {study.beams}'}."
+        f"batches of {study.batch_size} rows, {'greedy' if study.beams == 1 else f'beams {study.beams}'}."
     )
     return "\n\n".join(parts) + "\n"
 

@@ -26,7 +26,6 @@ from foreword.prefix import Framing
 from foreword.tasks import Example
 
 RESULTS = Path(__file__).with_name("results")
-BATCH = 16
 IN_A_SETUP = ("rows", "epochs", "length")
 """Flags that are in the name of a run; those of the others are in the name of the runs' folder."""
 
@@ -95,6 +94,7 @@ class Study:
         metrics: as `score` takes them; `primary` is one of their figures, for choosing and for plots.
         contrasts: pairs of arms, compared by a paired bootstrap, the second against the first.
         samples, seeds: of training rows, and of all else that is random.
+        batch_size: rows a step.
         framing, new_tokens, beams: how outputs are generated.
         epochs_note, cut: what the report says of the default size.
         published: the paper's figures: a name, then figures by name.
@@ -114,6 +114,7 @@ class Study:
     contrasts: Sequence[tuple[str, str]] = ()
     samples: int = 1
     seeds: int = 1
+    batch_size: int = 8
     framing: Framing = field(default_factory=Framing)
     new_tokens: int = 80
     max_output_tokens: int | None = None
@@ -195,7 +196,7 @@ def run(study: Study, unit: Unit) -> dict[str, Any]:
     length = 0 if arm.method in ("full", "top2", "lora") else options.length
     rows = rows_of(base, data.train, study.framing, length=length, max_output_tokens=study.max_output_tokens)
     learner = METHODS[arm.method](base, rows, options)
-    fitted = fit(learner, rows, lr=unit.lr, epochs=arm.epochs, batch_size=BATCH, seed=unit.seed)
+    fitted = fit(learner, rows, lr=unit.lr, epochs=arm.epochs, batch_size=study.batch_size, seed=unit.seed)
     diverged = fitted.loss == float("inf")
     result = {
         **unit._asdict(),

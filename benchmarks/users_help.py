@@ -10,8 +10,9 @@ that have any. A house feature is one that at least 80% of a team's training row
 the opening words (the most that agree), the last words, and the form of the end, " - ...", " -- ..." or "(...)".
 Intervals are 95%, from drawing teams with replacement.
 
-Every side is one JSON file, written when it is done; one of other settings is made anew. Within a side, `foreword.train`
-resumes from its checkpoint and `foreword.train_many` skips the teams that are in its store; both lie in --work.
+Every side is one JSON file, written when it is done; one of other settings, base or dtype is made anew. Within a side,
+`foreword.train` resumes from its checkpoint and `foreword.train_many` skips the teams that are in its store; both lie in
+--work.
 """
 
 from __future__ import annotations
@@ -191,9 +192,10 @@ def own_nothing(base: Base) -> Prefix:
     return trainable_prefix(base, length=1, reparametrization="direct").fold(card)
 
 
-def is_done(name: str) -> bool:
+def is_done(base: Base, name: str) -> bool:
     path = RESULTS / f"{name}.json"
-    return path.exists() and json.loads(path.read_text())["settings"] == as_json(name)
+    wanted = {"settings": as_json(name), "base": base.name, "dtype": str(base.dtype)}
+    return path.exists() and wanted.items() <= json.loads(path.read_text()).items()
 
 
 def as_json(name: str) -> dict[str, Any] | None:
@@ -312,19 +314,20 @@ def plot(means: Mapping[str, Mapping[str, tuple[float, float, float]]], teams: M
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32", help="of the base; sides of another one are made anew")
     parser.add_argument("--device")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--work", type=Path, default=Path("out/users_help"), help="prefixes and checkpoints")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    options.work.mkdir(parents=True, exist_ok=True)
-    left = [name for name in options.sides if not is_done(name)]
-    if left and not options.table:
+    if not options.table:
+        work = options.work / options.dtype
+        work.mkdir(parents=True, exist_ok=True)
         base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
-        for name in left:
-            run(base, options.work, name)
+        for name in options.sides:
+            if not is_done(base, name):
+                run(base, work, name)
     report(Console(width=160))
 
 

@@ -275,7 +275,7 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     assert "**Unfinished**: runs that can be made now and are not there: 6, the first" in text
     assert "No arm has a finished run at a chosen learning rate yet." in text
 
-    scores = {tuned: {1e-4: 0.1, 2e-4: 0.2, 4e-4: 0.1}, prefix: {5e-4: 0.1, 1e-3: 0.3, 2e-3: 0.2}}
+    scores = {tuned: {1e-4: 0.1, 2e-4: 0.2, 4e-4: 0.1}, prefix: {2.5e-4: 0.1, 5e-4: 0.3, 1e-3: 0.2}}
     done: list[Unit] = []
     real = benchmarks.study.run
 
@@ -290,12 +290,12 @@ def test_a_study_goes_on_and_reports_what_is_missing(
 
     with pytest.raises(KeyboardInterrupt):
         study.runs.work(lambda: todo(study), run)
-    assert done[6:] == [Unit(more, 1e-3, 0, 0), Unit(tuned, 2e-4, 1, 0)]
+    assert done[6:] == [Unit(more, 5e-4, 0, 0), Unit(tuned, 2e-4, 1, 0)]
     assert [unit.setup for unit in todo(study)] == [prefix, more]
     text = report(study, command="the command")
     assert (
         "**Unfinished**: runs that can be made now and are not there: 2, the first "
-        "`prefix-4x1-length_2-lr0.001-sample1-seed0`" in text
+        "`prefix-4x1-length_2-lr0.0005-sample1-seed0`" in text
     )
     facts = json.loads((results / "tiny.json").read_text("utf-8"))
     assert {line["arm"]: line["runs"] for line in facts["lines"]} == {"tuned 4": 2, "prefix 4": 1, "prefix 5": 1}
@@ -321,7 +321,7 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     facts = json.loads((results / "tiny.json").read_text("utf-8"))
     assert facts["unfinished"] == []
     (line,) = [line for line in facts["lines"] if line["arm"] == "prefix 4"]
-    assert (line["learning_rate"], line["runs"], len(line["values"])) == (1e-3, 2, 2)
+    assert (line["learning_rate"], line["runs"], len(line["values"])) == (5e-4, 2, 2)
     assert line["groups"]["seen"]["figures"].keys() == {"ROUGE-1", "ROUGE-2", "ROUGE-L", "TER"}
 
 
