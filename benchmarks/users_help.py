@@ -4,11 +4,11 @@
     python -m benchmarks.users_help --table      # the table and the plot alone
 
 Sides: the bare base; one prefix shared by all teams, trained on all rows; a prefix a team, trained on that team's rows
-alone; the same, started from the shared one. Of each, on rows that nobody trained on: ROUGE-L (rouge-score, F1) and mean
-loss of the synopses, each a mean over the teams of a team's mean; and the share of house features kept, over the teams
-that have any. A house feature is one that at least 80% of a team's training rows agree on: the case of the first letter,
-the opening words (the most that agree), the last words, and the form of the end, " - ...", " -- ..." or "(...)".
-Intervals are 95%, from drawing teams with replacement.
+alone; the same, started from the shared one; both of these with keys and values trained directly, without an MLP. Of each,
+on rows that nobody trained on: ROUGE-L (rouge-score, F1) and mean loss of the synopses, each a mean over the teams of a
+team's mean; and the share of house features kept, over the teams that have any. A house feature is one that at least 80% of
+a team's training rows agree on: the case of the first letter, the opening words (the most that agree), the last words, and
+the form of the end, " - ...", " -- ..." or "(...)". Intervals are 95%, from drawing teams with replacement.
 
 Every side is one JSON file, written when it is done; one of other settings, base or dtype is made anew. Within a side,
 `foreword.train` resumes from its checkpoint and `foreword.train_many` skips the teams that are in its store; both lie in
@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,11 +57,13 @@ class Side:
     Args:
         own: one a team, not one for all.
         warm: started from the shared one.
-        epochs, batch_size: see `TrainSettings`.
+        epochs, batch_size, reparametrization, lr: see `TrainSettings`.
     """
 
     own: bool
     warm: bool = False
+    reparametrization: Literal["mlp", "direct"] = "mlp"
+    lr: float | None = None
     epochs: int
     batch_size: int = 4
 
@@ -71,6 +73,10 @@ SIDES: dict[str, Side | None] = {
     "shared": Side(own=False, epochs=2, batch_size=16),
     "own": Side(own=True, epochs=4),
     "own-warm": Side(own=True, warm=True, epochs=2),
+    "own-slow": Side(own=True, epochs=4, lr=2.5e-4),
+    "own-warm-slow": Side(own=True, warm=True, epochs=2, lr=2.5e-4),
+    "own-direct": Side(own=True, epochs=4, reparametrization="direct"),
+    "own-warm-direct": Side(own=True, warm=True, epochs=2, reparametrization="direct"),
 }
 
 
@@ -150,7 +156,9 @@ def shared_prefix(base: Base, work: Path) -> Prefix:
 def settings_of(name: str) -> foreword.TrainSettings:
     side = SIDES[name]
     assert side is not None
-    return foreword.TrainSettings(epochs=side.epochs, batch_size=side.batch_size)
+    return foreword.TrainSettings(
+        epochs=side.epochs, batch_size=side.batch_size, reparametrization=side.reparametrization, lr=side.lr
+    )
 
 
 def own_prefixes(base: Base, work: Path, name: str, warm: bool) -> dict[str, Prefix]:

@@ -211,14 +211,17 @@ def encoder_decoder(options: Namespace) -> Study:
         folder = default_folder(options.bart_minutes)
         options.base = str(folder if options.table else pretrain(folder, minutes=options.bart_minutes))
     length = options.length
+    budget = {"rows": options.rows, "epochs": options.epochs}
     arms = [
-        Arm(name=name, method=method, grid=grid, rows=options.rows, epochs=options.epochs, options=own)
-        for name, method, grid, own in (
-            ("three sections", "prefix", "prefix-small", Options(length=length)),
-            ("decoder alone, equal length", "prefix", "prefix-small", Options(length=length, section="decoder")),
-            ("decoder alone, equal parameters", "prefix", "prefix-small", Options(length=3 * length, section="decoder")),
-            ("fine-tuning", "full", "full-small", Options()),
-        )
+        *(
+            Arm(name=name, method="prefix", grid="prefix-small", options=own, **budget)
+            for name, own in {
+                "three sections": Options(length=length),
+                "decoder alone, equal length": Options(length=length, section="decoder"),
+                "decoder alone, equal parameters": Options(length=3 * length, section="decoder"),
+            }.items()
+        ),
+        Arm(name="fine-tuning", method="full", grid="full-small", **budget),
     ]
     return Study(
         name="encoder-decoder",
