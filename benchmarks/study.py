@@ -96,7 +96,7 @@ class Study:
         samples, seeds: of training rows, and of all else that is random.
         batch_size: rows a step.
         framing, new_tokens, beams: how outputs are generated.
-        epochs_note, cut: what the report says of the default size.
+        cut: what the report says of the default size.
         published: the paper's figures: a name, then figures by name.
         differs: what is not as in the paper.
         expected: what the paper lets us expect.

@@ -4,11 +4,12 @@
     python -m benchmarks.users_help --table      # the table and the plot alone
 
 Sides: the bare base; one prefix shared by all teams, trained on all rows; a prefix a team, trained on that team's rows
-alone; the same, started from the shared one; both of these with keys and values trained directly, without an MLP. Of each,
-on rows that nobody trained on: ROUGE-L (rouge-score, F1) and mean loss of the synopses, each a mean over the teams of a
-team's mean; and the share of house features kept, over the teams that have any. A house feature is one that at least 80% of
-a team's training rows agree on: the case of the first letter, the opening words (the most that agree), the last words, and
-the form of the end, " - ...", " -- ..." or "(...)". Intervals are 95%, from drawing teams with replacement.
+alone; the same, started from the shared one; both of these at a quarter of the learning rate (`slow`), and with keys
+and values trained directly, without an MLP. Of each, on rows that nobody trained on: ROUGE-L (rouge-score, F1) and mean
+loss of the synopses, each a mean over the teams of a team's mean; and the share of house features kept, over the teams
+that have any. A house feature is one that at least 80% of a team's training rows agree on: the case of the first
+letter, the opening words (the most that agree), the last words, and the form of the end, " - ...", " -- ..." or
+"(...)". Intervals are 95%, from drawing teams with replacement.
 
 Every side is one JSON file, written when it is done; one of other settings, base or dtype is made anew. Within a side,
 `foreword.train` resumes from its checkpoint and `foreword.train_many` skips the teams that are in its store; both lie in
