@@ -54,11 +54,7 @@ def baselines(options: argparse.Namespace) -> Study:
         cut=f"{options.rows} rows (the challenge: 42,000), seeds: {options.seeds}, {options.test_inputs} test inputs",
         published=published.E2E,
         differs="see e2e-lowdata of benchmarks.paper; adapters are missing, since no library for them runs here",
-        settings={
-            flag.replace("_", "-"): getattr(options, flag)
-            for flag, usual in USUAL.items()
-            if getattr(options, flag) != usual
-        },
+        settings={flag: getattr(options, flag) for flag, usual in USUAL.items() if getattr(options, flag) != usual},
     )
 
 

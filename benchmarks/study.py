@@ -146,7 +146,7 @@ class Study:
 
 
 def _named(name: str, settings: Mapping[str, Any]) -> str:
-    changed = "".join(f"-{flag}{value}" for flag, value in sorted(settings.items()))
+    changed = "".join(f"-{flag.replace('_', '-')}{value}" for flag, value in sorted(settings.items()))
     return (name + changed).strip("/").replace("/", "_")
 
 

@@ -350,6 +350,7 @@ def test_what_is_not_in_a_runs_name_is_in_its_folders(folder: Path, results: Pat
     study = tiny_study(folder, shared="data", settings={"rows": 7, "base": "/a/b"})
     assert study.runs.folder == results / "data-base_a_b"
     assert study.full_name == "tiny-base_a_b-rows7"
+    assert tiny_study(folder, settings={"test_inputs": 7}).full_name == "tiny-test-inputs7"
 
 
 def test_samples_differ_and_repeat() -> None:

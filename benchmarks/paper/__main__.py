@@ -35,7 +35,7 @@ HELP = {
     "bart_minutes": "of pretraining the small BART, where it is not there yet",
 }
 SAME_RUNS = ("samples", "seeds", "sizes", "device")
-"""Flags that change which runs there are, but not a run; results of the others have folders of their own."""
+"""Flags that change which runs there are, but not a run; the others are in the names of what is written."""
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     usual = {**COMMON, **STUDIES[options.name][1]}
     given = {flag: getattr(options, flag) for flag, default in usual.items() if getattr(options, flag) != default}
-    options.changed = {flag.replace("_", "-"): value for flag, value in given.items() if flag not in SAME_RUNS}
+    options.changed = {flag: value for flag, value in given.items() if flag not in SAME_RUNS}
     return options
 
 

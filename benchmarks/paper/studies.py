@@ -263,14 +263,7 @@ STUDIES: Mapping[str, tuple[Callable[[Namespace], Study], Mapping[str, Any]]] = 
     "summarization": (summarization, {"sizes": None, "dev": 100, "test_inputs": 500}),
     "encoder-decoder": (
         encoder_decoder,
-        {
-            "rows": 4000,
-            "epochs": 4,
-            "dev": 200,
-            "seeds": 2,
-            "test_inputs": 500,
-            "bart_minutes": 60.0,
-        },
+        {"rows": 4000, "epochs": 4, "seeds": 2, "dev": 200, "test_inputs": 500, "bart_minutes": 60.0},
     ),
 }
 """The studies by name, with the defaults of their flags."""
