@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import openai
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 from safetensors.torch import save
 from serving import make_base, prefix_for, reference_base, served, until
 
@@ -28,6 +30,7 @@ from foreword.serve import FakeEngine, Figures, Key, KeyFile, Request, Settings,
 from foreword.serve.catalog import Catalog
 from foreword.serve.limits import Limits, TooManyError
 from foreword.serve.logs import JsonFormatter
+from foreword.serve.schemas import ChatRequest, CompletionRequest
 from foreword.serve.server import check_address
 from foreword.store import Store, Version
 
@@ -150,6 +153,13 @@ def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with world.http(admin) as client:
             assert client.get("/v1/prefixes/team/a").json()["name"] == "team/a"
             assert client.get("/metrics").status_code == 200
+        # nor are its damage and its size to be told: it is not looked at
+        (file,) = (tmp_path / "store").rglob(f"*{world.store.newest('alone').sha256}.safetensors")
+        good = file.read_bytes()
+        file.write_bytes(b"?")
+        with world.http(team) as client:
+            assert world.complete(client, "alone").status_code == client.get("/v1/models/alone").status_code == 404
+        file.write_bytes(good)
         # keys that come and go count within seconds
         key, late = world.keys.add(prefixes=("alone",))
         KeyFile(world.keys.path).remove(key.id)
@@ -185,10 +195,50 @@ def test_the_file_of_keys(tmp_path: Path) -> None:
         keys.add(concurrency=0)
     assert keys.remove(key.id).id == key.id
     assert KeyFile(path).find(text) is None
-    for bad in ("{", "[]", '{"format": 1, "keys": [{"id": 1}]}', '{"format": 2, "keys": []}'):
-        path.write_text(bad)
+    path.chmod(0o640)
+    _, text = keys.add(admin=True)
+    # whoever may read it may go on to
+    assert path.stat().st_mode & 0o777 == 0o640
+    one = '{"format": 1, "keys": [{"id": "1", "sha256": "", %s}]}'
+    for bad in (
+        b"{", b"[]", b"\xff\xfe", b'{"format": 1, "keys": [{"id": 1}]}', b'{"format": 2, "keys": []}',
+        # which would be every name that * stands for, and an admin
+        (one % '"prefixes": "team/*"').encode(), (one % '"prefixes": [1]').encode(), (one % '"admin": "no"').encode(),
+    ):  # fmt: skip
+        path.write_bytes(bad)
         with pytest.raises(SettingsError, match="expected a file of API keys"):
             KeyFile(path)
+    with pytest.raises(SettingsError, match="expected prefixes to be a list of names; got 'a'"):
+        Key(id="", sha256="", prefixes="a")  # type: ignore[arg-type]
+
+
+def test_a_file_of_keys_that_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under a running server, by somebody's editor: the keys that were known stay known, and the log says so once."""
+    monkeypatch.setattr("foreword.serve.access.RELOAD", 0)
+    keys = KeyFile(tmp_path / "keys.json")
+    _, text = keys.add(admin=True)
+    good = keys.path.read_bytes()
+    assert keys.find(text) is not None
+    keys.path.write_bytes(good[:-9])
+    assert keys.find(text) is not None
+    assert keys.find(text) is not None
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "the keys that were known stay known"
+    ]
+    with pytest.raises(SettingsError, match="expected a file of API keys"):
+        keys.add(admin=True)
+    assert keys.path.read_bytes() == good[:-9]
+    keys.path.write_bytes(good.replace(b"true", b"false"))
+    found = keys.find(text)
+    assert found is not None
+    assert not found.admin
+    keys.path.unlink()
+    assert keys.find(text) is None
+    keys.path.mkdir()
+    with pytest.raises(SettingsError, match="cannot read the file of API keys at"):
+        KeyFile(keys.path)
 
 
 def test_addresses() -> None:
@@ -452,6 +502,18 @@ def test_limits_of_a_key() -> None:
             pass
         spend(80)
     assert limits.under_way == 0
+    # to try again later would be of no use
+    with (
+        pytest.raises(SettingsError, match="this key may have 2 texts under way; 3 were asked for at once"),
+        limits.entered(key, 3, 1),
+    ):
+        pass
+    # nor does what was spent without a limit count once there is one
+    with (
+        limits.entered(Key(id="d", sha256=""), 1, 10_000),
+        limits.entered(Key(id="d", sha256="", tokens_per_minute=60), 1, 0),
+    ):
+        pass
     with pytest.raises(TooManyError, match="60 tokens a minute") as caught, limits.entered(key, 1, 5):
         pass
     # 30 over, and 5 wanted: 35 s at one a second
@@ -522,6 +584,25 @@ def figures(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def test_who_reads_no_further_frees_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreword.serve.completions.LAST_WORDS", 0.1)
+    world = World(
+        tmp_path, engine=FakeEngine(lambda request: ["word " * 40_000] * 1000, context=None), timeout=1, max_texts=2
+    )
+    body = json.dumps({"model": BASE, "prompt": "x", "stream": True, "max_tokens": 1000, "n": 2}).encode()
+    with world.running(), world.http() as client, socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        url = httpx.URL(world.url)
+        stalled.connect((url.host, url.port))
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        stalled.sendall(head.encode() + body)
+        limits = world.app.state.service.limits
+        until(lambda: limits.under_way == 2)
+        until(lambda: limits.under_way == 0)
+        assert world.complete(client, max_tokens=2).status_code == 200
+        until(lambda: figures(client)["foreword_abandoned_total", ()] == 1)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -732,6 +813,56 @@ def test_large_requests_are_not_read(world: World) -> None:
         assert client.get("/v1/completions").status_code == 405
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": [-1] * 1000},
+        {"prompt": [[-1] * 1000] * 100},
+        {"prompt": [1.5, *["x"] * 1000]},
+        {"stop": [""] * 1000},
+        {"record": {str(i): None for i in range(1000)}},
+        {"record": {str(i): [] for i in range(100)}},
+        {"logit_bias": {str(i): "x" for i in range(1000)}},
+        {str(i): i for i in range(1000)},
+        {"messages": [{"role": "user", "content": [1] * 1000}] * 10},
+        {"messages": [{"role": "user", "content": [{"type": "text", **{str(i): i for i in range(1000)}}]}] * 10},
+        {"messages": [{"role": "x"}] * 1000},
+    ],
+    ids=lambda more: f"{min(more)} {str(more)[:30]}",
+)
+def test_of_many_errors_few_are_looked_for(more: dict[str, Any]) -> None:
+    """Or a body of some megabytes costs gigabytes, and the server's only loop seconds."""
+    kind = ChatRequest if "messages" in more else CompletionRequest
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate({"model": BASE, **({"prompt": "x"} if kind is CompletionRequest else {}), **more})
+    assert caught.value.error_count() <= (300 if len(more.get("record", ())) == 100 else 8)
+
+
+def test_what_cannot_fit_is_not_tokenized(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte takes a tokenizer a second, and hundreds of megabytes."""
+    world.put("told", template="{name}: {input}")
+    longest = max(map(len, world.base.tokenizer.get_vocab()))
+    with world.http() as client:
+        assert world.complete(client, prompt="x" * (131 * longest)).status_code == 400
+        monkeypatch.setattr("foreword.serve.service.frame", None)
+        for body in (
+            {"prompt": "x" * (131 * longest + 1)},
+            {"model": "told", "prompt": "x", "record": {"name": "y" * 131 * longest}},
+            {"messages": [{"role": "user", "content": "x" * 131}] * longest + [{"role": "user", "content": "x"}]},
+        ):
+            path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+            answer = client.post(path, json={"model": BASE, **body})
+            assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
+            assert error_of(answer)["message"].startswith(f"expected at most {131 * longest} characters")
+
+
+def test_an_engine_that_leaves_a_text_without_an_end(tmp_path: Path) -> None:
+    world = World(tmp_path, script=lambda request: [])
+    with world.running(), world.http() as client:
+        answer = world.complete(client)
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "internal_error")
+
+
 def test_an_engine_that_died(world: World) -> None:
     with world.http() as client:
         world.engine.problem = lambda: "the engine's thread has ended"  # type: ignore[method-assign]
@@ -740,11 +871,16 @@ def test_an_engine_that_died(world: World) -> None:
             assert (answer.status_code, answer.json()) == (503, {"status": "the engine's thread has ended"})
 
 
-def test_a_folder_s_path_is_not_told(tmp_path: Path) -> None:
+def test_a_folder_s_path_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_base("llama")
     folder = tmp_path / "my-base"
     folder.mkdir()
     base = foreword.Base(base.model, base.tokenizer, str(folder))
-    app = create_app(base, Store(tmp_path / "store", create=True), engine=FakeEngine())
-    with served(app) as url:
+    store = Store(tmp_path / "store", create=True)
+    with served(create_app(base, store, engine=FakeEngine())) as url:
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "my-base"
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (".", "~/my-base", "../my-base/"):
+        base = foreword.Base(base.model, base.tokenizer, name)
+        assert create_app(base, store, engine=FakeEngine()).state.service.base_name == "my-base"

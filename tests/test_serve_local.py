@@ -14,6 +14,8 @@ import pytest
 import torch
 from serving import ENDS, copy_of, prefix_for, reference_base, save, words_base
 from tiny import CONTEXT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from foreword.attach import attach
 from foreword.bases import Base
@@ -30,8 +32,10 @@ from foreword.generation import GenerateSettings, generate
 from foreword.prefix import Card, Framing, Prefix
 from foreword.serve.choose import choose_engine
 from foreword.serve.engine import EngineStoppedError, Piece, Request, Sampling
+from foreword.serve.fake import FakeEngine
 from foreword.serve.local import LocalEngine, _bytes_a_token
 from foreword.serve.runner import Runner
+from foreword.serve.service import Service, Settings
 from foreword.store import Store, Version
 from foreword.text import TextSoFar
 
@@ -411,6 +415,26 @@ def test_text_as_it_comes(stop: tuple[str, ...]) -> None:
         cut = min((place for place in map(full.find, stop) if place >= 0), default=len(full))
         assert "".join(pieces) == full[:cut]
         assert so_far.stopped == (cut < len(full))
+
+
+def test_text_as_it_comes_with_spaces_of_the_words(llama: World) -> None:
+    """A tokenizer of which the first token's space is no text, but a space by itself is."""
+    words = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁bc", "!", "▁!"]
+    tokenizer = Tokenizer(models.Unigram([(word, -float(i)) for i, word in enumerate(words)], unk_id=2))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    base = Base(
+        llama.base.model,
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"),
+        "spaces",
+    )
+    draw = random.Random(0)
+    for _ in range(100):
+        tokens = draw.choices(range(1, 8), k=draw.randrange(7))
+        so_far = TextSoFar(base.decode)
+        pieces = [so_far.add(token) for token in tokens]
+        assert "".join([*pieces, so_far.end()]) == base.decode(tokens), tokens
+    service = Service(base, llama.store, FakeEngine(), None, None, Settings())
+    assert [service.word(i) for i in range(1, 8)] == ["</s>", "<unk>", " ", " a", " bc", "!", " !"]
 
 
 def vocabulary(base: Base) -> dict[int, int]:

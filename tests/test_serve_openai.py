@@ -211,6 +211,9 @@ def test_framing(world: World, client: openai.OpenAI) -> None:
     ]:
         with pytest.raises(openai.BadRequestError, match=message):
             ask(text, "told", **more)
+    for prompt, name in [(ids, "told"), (text, "chatty")]:
+        with pytest.raises(openai.BadRequestError, match="expected a record only where a prefix's template frames it"):
+            ask(prompt, name, record=record)
     with pytest.raises(openai.BadRequestError, match="expected token ids below 263; got 263"):
         ask([5, 263], "plain")
 
@@ -246,6 +249,12 @@ def test_logprobs(world: World, client: openai.OpenAI) -> None:
         # greedy: the token is the likeliest
         assert value == max(top.values()) == top[word]
         assert 1 <= len(top) <= 3
+    assert told.text_offset is not None
+    assert told.text_offset[0] == 0
+    text = answer.choices[0].text
+    for word, offset in zip(told.tokens, told.text_offset, strict=True):
+        # but for what is no text: a special token, and a part of a character
+        assert text.startswith(word, offset) or word not in text
     streamed = [
         choice.logprobs.token_logprobs
         for chunk in client.completions.create(**how, logprobs=3, stream=True)
@@ -276,7 +285,8 @@ def test_logprobs(world: World, client: openai.OpenAI) -> None:
         {"temperature": 2, "top_p": 1e-9, "seed": -(2**63), "logprobs": 20},
         {"temperature": 1e-300, "seed": -1},
         {"temperature": 0.01, "top_p": 1, "seed": 2**63 - 1, "n": 3},
-        {"temperature": 0, "top_p": 1e-300, "logprobs": 0, "stop": ["\U0010ffff" * 1000] * 16},
+        {"temperature": 2, "top_p": 0},
+        {"temperature": 0, "top_p": 1e-300, "logprobs": 0, "stop": ["\U0010ffff" * 256] * 16},
         {"max_tokens": 118, "prompt": [0] * 8},
         {"max_tokens": 1, "prompt": [262] * 125},
     ],
@@ -328,6 +338,46 @@ def test_chat(world: World, client: openai.OpenAI, name: str) -> None:
     # without a limit, the context ends it
     long = client.chat.completions.create(**how)
     assert long.choices[0].message.content == world.alone({"messages": FLAT}, name, framing=framing, max_new_tokens=200)
+
+
+def test_an_answer_is_said_again(world: World, client: openai.OpenAI) -> None:
+    """As a chat goes on: with the message that came, as an object and as its fields, of which most are null."""
+    first: dict[str, Any] = {"role": "user", "content": "hi"}
+    how: dict[str, Any] = {"model": "chatty", "max_tokens": LIMIT, "temperature": 0}
+    message = client.chat.completions.create(**how, messages=[first]).choices[0].message
+    said = {"role": "assistant", "content": message.content}
+    expected = world.alone({"messages": [first, said, first]}, "chatty", framing=Framing(chat=True))
+    for again in (message, message.model_dump()):
+        answer = client.chat.completions.create(**how, messages=[first, again, first])
+        assert answer.choices[0].message.content == expected
+
+
+def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
+    shared = (
+        "temperature",
+        "top_p",
+        "n",
+        "stream",
+        "presence_penalty",
+        "frequency_penalty",
+        "logprobs",
+        "max_tokens",
+        "seed",
+        "stop",
+    )
+    nothing: dict[str, Any] = dict.fromkeys(shared)
+    how: dict[str, Any] = {"model": "plain", "prompt": "xy", "max_tokens": 2}
+    more: dict[str, Any] = dict.fromkeys(("echo", "suffix", "best_of", "logit_bias", "user", "record", "tools"))
+    assert client.post("/completions", body=how | nothing | more | {"max_tokens": 2}, cast_to=object)
+    more = {
+        "response_format": {"type": "text"}, "modalities": ["text"], "store": False, "service_tier": "auto", "tools": None,
+        "stream_options": {"include_obfuscation": False, "include_usage": None},
+    }  # fmt: skip
+    chat: dict[str, Any] = {"model": "chatty", "messages": [{"role": "user", "content": "hi", "tool_calls": None}]}
+    assert client.post("/chat/completions", body=chat | nothing | more | {"max_tokens": 2}, cast_to=object)
+    for field, value in [("response_format", {"type": "json_object"}), ("tools", []), ("modalities", ["audio"])]:
+        with pytest.raises(openai.BadRequestError, match=field):
+            client.post("/chat/completions", body=chat | {field: value}, cast_to=object)
 
 
 def test_chat_is_refused(world: World, client: openai.OpenAI) -> None:

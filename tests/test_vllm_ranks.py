@@ -7,6 +7,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: make setup-vllm, then make test-vllm")
 
@@ -125,3 +126,28 @@ def test_which_engine_is_chosen(tmp_path: Path, caplog: pytest.LogCaptureFixture
     for name in (bart, mistral):
         with pytest.raises(SettingsError, match="use the local engine"):
             choose_engine("vllm", name, store)
+
+
+def test_the_devices_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    store = Store(tmp_path / "store", create=True)
+    name = save_base(tmp_path / "base")
+    assert choose_engine("vllm", name, store, device="cpu", cache_bytes=1 << 26)[1].name == "vllm"
+    assert choose_engine("auto", name, store, device="cpu:0")[1].name == "local"
+    with pytest.raises(SettingsError, match="expected the device 'cpu', which vLLM is for here; got 'cuda:1': set"):
+        choose_engine("vllm", name, store, device="cuda:1")
+    # where vLLM was built for another device, that one's dtype counts, and not the processor's
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "supported_dtypes", [torch.float16])
+    assert base_for_vllm(name).dtype == torch.float16
+    assert base_for_vllm(name, dtype="float32").dtype == torch.float32
+
+    def no_device(self: AsyncEngineArgs) -> None:
+        raise RuntimeError("Device string must not be empty")
+
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", no_device)
+    assert choose_engine("auto", name, store)[1].name == "local"
+    with pytest.raises(SettingsError, match="vLLM does not start with these options: Device string must not be empty"):
+        choose_engine("vllm", name, store)

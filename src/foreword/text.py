@@ -35,7 +35,9 @@ class TextSoFar:
         known = self._decode(self._window[: self._known])
         now = self._decode([*self._window, token])
         if now == known:
-            # a special token, which has no text and no say in that of the next
+            # a special token, which has no text and no say in that of the next; before any text it may be a space, which has
+            if not self._text:
+                self._window.append(token)
             return ""
         self._window.append(token)
         # a lone byte of a longer character decodes to U+FFFD until the rest is there
@@ -46,9 +48,7 @@ class TextSoFar:
         self._window = self._window[self._known :]
         self._known = len(self._window)
         self._cut(max(start, 0))
-        held = 0
-        if not self.stopped:
-            held = max((n for s in self._stop for n in range(len(s)) if self._text.endswith(s[:n])), default=0)
+        held = 0 if self.stopped else max(map(self._begun, self._stop), default=0)
         return self._show(len(self._text) - held)
 
     def end(self) -> str:
@@ -59,6 +59,15 @@ class TextSoFar:
             self._text = text
             self._cut(max(start, 0))
         return self._show(len(self._text))
+
+    def _begun(self, string: str) -> int:
+        """Characters at the text's end that are the string's beginning."""
+        place = max(len(self._text) - len(string) + 1, 0)
+        while (place := self._text.find(string[0], place)) >= 0:
+            if string.startswith(self._text[place:]):
+                return len(self._text) - place
+            place += 1
+        return 0
 
     def _cut(self, start: int) -> None:
         """End the text before the first stop string, none of which begins before `start`."""

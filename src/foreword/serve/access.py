@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 import secrets
@@ -17,7 +18,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,8 @@ from foreword.errors import SettingsError
 from foreword.prefix import write_atomically
 
 __all__ = ["OPEN", "Key", "KeyFile"]
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 RELOAD = 1.0
@@ -62,6 +65,12 @@ class Key:
     created: str = ""
 
     def __post_init__(self) -> None:
+        # a string would be taken letter by letter, and one of them may be *
+        if isinstance(self.prefixes, str) or not all(isinstance(name, str) for name in self.prefixes):
+            raise SettingsError(f"expected prefixes to be a list of names; got {self.prefixes!r}")
+        object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        if not isinstance(self.admin, bool):
+            raise SettingsError(f"expected admin to be true or false; got {self.admin!r}")
         for name in ("tokens_per_minute", "concurrency"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -85,11 +94,13 @@ OPEN = Key(id="open", sha256="", admin=True)
 class KeyFile:
     """The keys in a file. Others may change it meanwhile: a change counts within seconds.
 
+    Where it becomes something else than a file of keys, or cannot be read, the keys that were known stay known.
+
     Args:
         path: of the file; none is a file without keys.
 
     Raises:
-        SettingsError: it is something else than a file of keys.
+        SettingsError: it is something else than a file of keys, or cannot be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -98,35 +109,43 @@ class KeyFile:
         self._read_at = -RELOAD
         self._seen: tuple[int, int] | None = None
         self._keys: dict[str, Key] = {}
-        self.known()
+        self._failed: str | None = None
+        self._load()
 
     def known(self) -> list[Key]:
         """All keys, the oldest first."""
         with self._lock:
             now = time.monotonic()
             if now - self._read_at >= RELOAD:
-                self._load()
                 self._read_at = now
+                try:
+                    self._load()
+                    self._failed = None
+                except SettingsError as error:
+                    if str(error) != self._failed:
+                        log.error("the keys that were known stay known: %s", error)
+                    self._failed = str(error)
             return list(self._keys.values())
 
     def _load(self) -> None:
         try:
             status = self.path.stat()
+            seen = status.st_mtime_ns, status.st_ino
+            if seen != self._seen:
+                self._keys = {key.id: key for key in self._parsed(self.path.read_bytes())}
+                self._seen = seen
         except FileNotFoundError:
             self._keys, self._seen = {}, None
-            return
-        seen = status.st_mtime_ns, status.st_ino
-        if seen != self._seen:
-            self._keys = {key.id: key for key in self._parsed(self.path.read_text(encoding="utf-8"))}
-            self._seen = seen
+        except OSError as error:
+            raise SettingsError(f"cannot read the file of API keys at {self.path}: {error.strerror}") from error
 
-    def _parsed(self, text: str) -> Sequence[Key]:
+    def _parsed(self, data: bytes) -> Sequence[Key]:
         try:
-            raw = json.loads(text)
+            raw = json.loads(data)
             if raw["format"] != FORMAT:
                 raise ValueError
-            keys = [Key(**{**one, "prefixes": tuple(one["prefixes"])}) for one in raw["keys"]]
-        except (ValueError, TypeError, KeyError):
+            keys = [Key(**one) for one in raw["keys"]]
+        except (ValueError, TypeError, KeyError, SettingsError):
             raise SettingsError(
                 f"expected a file of API keys at {self.path}; it is something else: name another, or make one with "
                 "foreword keys add"
@@ -150,11 +169,12 @@ class KeyFile:
         Raises:
             SettingsError: a limit out of its range.
         """
-        id = secrets.token_hex(4)
-        text = f"fw-{id}-{secrets.token_urlsafe(32)}"
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        key = Key(id=id, sha256=hashlib.sha256(text.encode()).hexdigest(), created=created, **what)
         with self._changing() as keys:
+            taken = {key.id for key in keys}
+            id = next(id for id in iter(lambda: secrets.token_hex(4), None) if id not in taken)
+            text = f"fw-{id}-{secrets.token_urlsafe(32)}"
+            key = Key(id=id, sha256=hashlib.sha256(text.encode()).hexdigest(), created=created, **what)
             keys.append(key)
         return key, text
 
@@ -178,6 +198,12 @@ class KeyFile:
             raw = {"format": FORMAT, "keys": [dataclasses.asdict(key) for key in keys]}
             with write_atomically(self.path) as aside:
                 aside.chmod(0o600)
+                if self.path.exists():
+                    # or the server that reads it may be locked out by whoever changes it
+                    status = self.path.stat()
+                    aside.chmod(status.st_mode & 0o777)
+                    with suppress(PermissionError):
+                        os.chown(aside, status.st_uid, status.st_gid)
                 aside.write_text(json.dumps(raw, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             with self._lock:
                 self._read_at = -RELOAD

@@ -44,7 +44,8 @@ def choose_engine(
 
     Args:
         kind: `local`; `vllm`; or `auto`: vllm where it is installed and can serve the base.
-        base, dtype, device: as `foreword.load_base` takes them.
+        base, dtype: as `foreword.load_base` takes them.
+        device: the same; vLLM has one kind of device, the one that it was built for.
         store: of the prefixes.
         prefix_bytes: memory of the prefixes.
         cache_bytes: see `LocalEngine` and `VllmEngine`.
@@ -66,8 +67,8 @@ def choose_engine(
     if kind == "vllm" or (kind == "auto" and there):
         from foreword.serve.vllm import VllmEngine, base_for_vllm
 
-        light = base_for_vllm(base, dtype=dtype)
         try:
+            light = base_for_vllm(base, dtype=dtype, device=device)
             engine = VllmEngine(
                 light, store, budget=prefix_bytes, cache_bytes=cache_bytes, ranks=ranks, options=vllm_options
             )

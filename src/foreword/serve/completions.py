@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -20,14 +21,18 @@ from foreword.prefix import Framing
 from foreword.serve import schemas
 from foreword.serve.access import Key
 from foreword.serve.engine import Finish, Piece, TokenLogprob
-from foreword.serve.problems import Problem, problem_of
+from foreword.serve.problems import HungUpError, Problem, problem_of
 from foreword.serve.service import PLAIN, Asking, Service, Texts, while_connected
+from foreword.text import TextSoFar
 
 __all__ = ["router"]
 
 log = logging.getLogger(__name__)
 
 router = APIRouter(tags=["texts"])
+
+LAST_WORDS = 5.0
+"""Seconds that the end of a stream may take once its time is up, until its client counts as one that has gone."""
 
 STREAMED = {"text/event-stream": {"schema": {"type": "string"}}}
 
@@ -64,6 +69,7 @@ class _CompletionShape:
     def __init__(self, service: Service, body: schemas.CompletionRequest, count: int):
         self.service, self.body = service, body
         self.head: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+        self.texts = [TextSoFar(service.base.decode) for _ in range(count)]
         self.offsets = [0] * count
 
     def logprobs(self, i: int, given: Sequence[TokenLogprob]) -> schemas.CompletionLogprobs | None:
@@ -78,7 +84,8 @@ class _CompletionShape:
             if told.top_logprobs is not None:
                 top = {self.service.word(token): value for token, value in reversed(one.top)}
                 told.top_logprobs.append({**top, word: one.logprob})
-            self.offsets[i] += len(word)
+            # in the text as it is shown, where several tokens may make one character
+            self.offsets[i] += len(self.texts[i].add(one.token))
         return told
 
     def whole(self, said: Sequence[_Said], usage: schemas.Usage) -> BaseModel:
@@ -156,18 +163,30 @@ def _usage(texts: Texts, output: int) -> schemas.Usage:
 
 
 class _Events(StreamingResponse):
-    """Server-sent events, which end when the client hangs up, even while there is nothing to send."""
+    """Server-sent events, which end when the client hangs up, or reads no further.
+
+    Args:
+        request: whose answer it is.
+        events: what is sent.
+        seconds: after which a client that has not read them all counts as one that hung up.
+        headers: that go with them.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, request: HttpRequest, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]):
+    def __init__(
+        self, request: HttpRequest, events: AsyncGenerator[bytes, None], seconds: float, headers: Mapping[str, str]
+    ):
         super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
-        self.request = request
-        self.events = events
+        self.request, self.events, self.seconds = request, events, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self.events):
-            await while_connected(self.request, lambda: self.stream_response(send))
+            try:
+                async with asyncio.timeout(self.seconds):
+                    await while_connected(self.request, lambda: self.stream_response(send))
+            except TimeoutError:
+                raise HungUpError from None
 
 
 def _event(data: BaseModel) -> bytes:
@@ -197,7 +216,8 @@ async def _answer(
     except BaseException:
         await pieces.aclose()
         raise
-    return _Events(request, _events(pieces, first, texts, shape, body.wants_usage), _pinned(texts))
+    events = _events(pieces, first, texts, shape, body.wants_usage)
+    return _Events(request, events, service.settings.timeout + LAST_WORDS, _pinned(texts))
 
 
 def _pinned(texts: Texts) -> dict[str, str]:
@@ -254,9 +274,9 @@ async def completions(request: HttpRequest, key: Asking, body: schemas.Completio
         raise Problem(400, f"expected best_of to be the same as n, or nothing; got {body.best_of}", param="best_of")
     entry = await service.model(request, key, body.model)
     framing: Framing = PLAIN if entry is None or not body.frame else entry.card.framing
-    if body.record is not None and framing is PLAIN:
-        raise Problem(400, "expected a record only where a prefix's template frames it", param="record")
     given: Any = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
+    if body.record is not None and (framing is PLAIN or framing.chat or not isinstance(given[0], str)):
+        raise Problem(400, "expected a record only where a prefix's template frames it", param="record")
     prompts = []
     for prompt in given:
         if isinstance(prompt, str):

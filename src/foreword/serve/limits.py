@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from foreword.errors import ForewordError
+from foreword.errors import ForewordError, SettingsError
 from foreword.serve.access import Key
 
 __all__ = ["Limits", "TooManyError"]
@@ -69,7 +69,8 @@ class Limits:
             what is to be called with the number of tokens of y, as they come.
 
         Raises:
-            TooManyError: more than there is room for, or the key may have.
+            TooManyError: more than there is room for, or the key may have, by now.
+            SettingsError: more than the key may ever have at once.
         """
         account = self._account(key)
         if self.under_way + texts > self.max_texts:
@@ -78,6 +79,8 @@ class Limits:
                 "asked for: try again later",
                 self._seconds,
             )
+        if key.concurrency is not None and texts > key.concurrency:
+            raise SettingsError(f"this key may have {key.concurrency} texts under way; {texts} were asked for at once")
         if key.concurrency is not None and account.under_way + texts > key.concurrency:
             raise TooManyError(
                 f"this key may have {key.concurrency} texts under way; it has {account.under_way}, and {texts} more were "
@@ -93,7 +96,8 @@ class Limits:
             )
 
         def spend(more: int) -> None:
-            account.tokens -= more
+            # a limit that comes later begins with what comes later
+            account.tokens -= more if key.tokens_per_minute is not None else 0
 
         began = self._clock()
         self.under_way += texts

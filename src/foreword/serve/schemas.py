@@ -1,14 +1,16 @@
 """Requests and answers, in the shapes of OpenAI's API, and with what foreword adds to them.
 
 What would do nothing here is refused, not passed over: of OpenAI's fields that change an answer and that are not
-supported, the value that changes nothing is taken.
+supported, the value that changes nothing is taken, and null is as good as nothing everywhere.
+
+A body of megabytes may be wrong in each of its elements, so what is looked for is the first error of a list, no more.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = ["ChatRequest", "CompletionRequest"]
 
@@ -17,49 +19,69 @@ MAX_TEXTS = 128
 
 COLDEST = 0.01
 """Below it the most likely token is taken."""
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Model = Annotated[str, Field(description="A prefix's name; the base's name for no prefix.")]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+MAX_COLUMNS = 100
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-class StreamOptions(BaseModel):
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_COLUMNS:
+        raise ValueError(f"expected at most {MAX_COLUMNS} columns; got {len(value)}")
+    return value
+
+
+class _Given(BaseModel):
+    """A part of a request. What it has too much is an error, of which one is told."""
+
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tidied(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        set_ = {name: value for name, value in given.items() if value is not None}
+        unknown = next((name for name in set_ if name not in cls.model_fields), None)
+        return {name: value for name, value in set_.items() if name in cls.model_fields or name == unknown}
+
+
+class StreamOptions(_Given):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = Field(False, description="Not supported.")
 
 
-class _Shared(BaseModel):
+class _Shared(_Given):
     """What both kinds of requests have."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: Model
     n: int = Field(1, ge=1, le=MAX_TEXTS)
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Stop], BeforeValidator(_listed), Field(max_length=16)] | None = Field(
+    stop: Annotated[list[Stop], Field(max_length=16, fail_fast=True), BeforeValidator(_listed)] | None = Field(
         None, description="A string, or a list of them."
     )
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Zero = Field(0, description="0 alone: not supported.")
     frequency_penalty: Zero = Field(0, description="0 alone: not supported.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="Not supported.")
+    logit_bias: Annotated[dict[Any, Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
     user: str | None = Field(None, description="Taken, and not used.")
 
     @property
     def how(self) -> dict[str, Any]:
         """What `Sampling` takes of these fields."""
         stop = tuple(self.stop or ())
-        # logits divided by less overflow, or are no logits any more
-        temperature = self.temperature if self.temperature >= COLDEST else 0.0
-        return {"temperature": temperature, "top_p": self.top_p, "seed": self.seed, "stop": stop}
+        # logits divided by less overflow, or are no logits any more; and of no share of the tokens the likeliest is left
+        temperature = self.temperature if self.temperature >= COLDEST and self.top_p else 0.0
+        return {"temperature": temperature, "top_p": self.top_p or 1.0, "seed": self.seed, "stop": stop}
 
     @property
     def wants_usage(self) -> bool:
@@ -70,10 +92,10 @@ class CompletionRequest(_Shared):
     """A request to /v1/completions. `prompt` is framed as the prefix was trained, unless it is token ids."""
 
     prompt: (
-        Annotated[str, Field(max_length=10_000_000)]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_TEXTS)]
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
     )
     max_tokens: int = Field(16, ge=1, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -84,23 +106,19 @@ class CompletionRequest(_Shared):
         True,
         description="foreword's own: whether the prompt is framed by the prefix's template; false takes it as it is.",
     )
-    record: dict[str, str | int | float] | None = Field(
+    record: Annotated[dict[str, str | int | float], BeforeValidator(_few)] | None = Field(
         None, description="foreword's own: columns that the prefix's template names, beside `input`, the prompt."
     )
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TextPart(_Given):
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class Message(_Given):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
     name: None = Field(None, description="Not supported.")
 
     @property
@@ -108,14 +126,22 @@ class Message(BaseModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
+class TextFormat(_Given):
+    type: Literal["text"]
+
+
 class ChatRequest(_Shared):
     """A request to /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=10_000)
+    messages: list[Message] = Field(min_length=1, max_length=10_000, fail_fast=True)
     max_tokens: int | None = Field(None, ge=1, lt=2**31, description="By default what the context leaves.")
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The same as max_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: TextFormat | None = Field(None, description="Text alone.")
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = Field(None, description="Text alone.")
+    store: Literal[False] = Field(False, description="Not supported.")
+    service_tier: Literal["auto", "default"] | None = Field(None, description="There is one.")
 
 
 class Usage(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 import uuid
@@ -17,7 +18,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request as HttpRequest
 
 from foreword.data import frame
-from foreword.errors import DataError, StoreError
+from foreword.errors import DataError, StoreError, TooLongError
 from foreword.prefix import Framing
 from foreword.serve.access import OPEN, Key, KeyFile
 from foreword.serve.catalog import Catalog, Entry
@@ -25,7 +26,7 @@ from foreword.serve.engine import Engine, EngineStoppedError, Piece, Request, Sa
 from foreword.serve.limits import Limits
 from foreword.serve.metrics import Metrics
 from foreword.serve.problems import HungUpError, Problem, no_such_model
-from foreword.store import Store, Version
+from foreword.store import Store, Version, check_name
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -96,7 +97,8 @@ class Service:
         settings: Settings,
     ):
         # where its files lie is nobody's business
-        self.base_name = base_name or (Path(base.name).name if Path(base.name).exists() else base.name)
+        path = Path(base.name).expanduser()
+        self.base_name = base_name or (path.resolve().name if path.exists() else base.name)
         self.base, self.store, self.engine, self.keys, self.settings = base, store, engine, keys, settings
         self.catalog = Catalog(store, engine)
         self.limits = Limits(settings.max_texts)
@@ -193,13 +195,13 @@ class Service:
     async def entry(self, key: Key, name: str) -> Entry:
         """The newest version of a prefix that the key may use. Raises `Problem` (404), or what a damaged file raises."""
         try:
-            entry = await self.catalog.find(name)
+            # somebody else's is not looked for: neither its damage nor its size is to be told from its absence
+            if key.may_use(check_name(name)):
+                return await self.catalog.find(name)
         except StoreError:
             # there is none; and what cannot be a name is nobody's name
-            raise no_such_model(name) from None
-        if not key.may_use(entry.version.name):
-            raise no_such_model(name)
-        return entry
+            pass
+        raise no_such_model(name)
 
     async def model(self, request: HttpRequest, key: Key, name: str) -> Entry | None:
         """What `model` names; None for the bare base. The request's line in the log tells it.
@@ -222,9 +224,25 @@ class Service:
 
     async def framed(self, entry: Entry | None, record: Mapping[str, Any], framing: Framing) -> list[int]:
         """The token ids of x. Raises what `foreword.data.frame` does, and `TooLongError`."""
+        self._must_be_short(record)
         tokens = await asyncio.to_thread(frame, self.base, record, framing, "the request")
         self.engine.room(len(tokens), 0 if entry is None else entry.length)
         return tokens
+
+    def _must_be_short(self, record: Mapping[str, Any]) -> None:
+        """Tokenizing takes a second and hundreds of MB for each MB, so what cannot fit is refused before it."""
+        context = self.engine.context
+        if context is None:
+            return
+        texts = [message["content"] for message in record["messages"]] if "messages" in record else record.values()
+        count, most = sum(len(text) for text in texts if isinstance(text, str)), context * self._longest_token
+        if count > most:
+            raise TooLongError(f"expected at most {most} characters, as many as {context} tokens may have; got {count}")
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters."""
+        return max(map(len, self.base.tokenizer.get_vocab()))
 
     def checked_ids(self, entry: Entry | None, tokens: Sequence[int]) -> list[int]:
         """Token ids that a client gave. Raises `DataError` where the base has no such."""
@@ -285,8 +303,10 @@ class Service:
     # y
 
     def word(self, token: int) -> str:
-        """The text of a token by itself, special ones too."""
-        return str(self.base.tokenizer.decode([token]))
+        """The text of a token amid others, special ones too."""
+        # some tokenizers leave out the space before the first
+        once, twice = (str(self.base.tokenizer.decode([token] * count)) for count in (1, 2))
+        return twice[len(once) :] if twice.startswith(once) else once
 
     async def pieces(self, key: Key, texts: Texts) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all texts as they come, each with its text's number.
@@ -316,10 +336,14 @@ class Service:
         queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
 
         async def run(i: int, request: Request) -> None:
+            finish = None
             try:
                 async with aclosing(self.engine.generate(request)) as pieces:
                     async for piece in pieces:
                         queue.put_nowait((i, piece))
+                        finish = piece.finish
+                if finish is None:
+                    raise RuntimeError("the engine left a text without an end")
             except Exception as error:
                 queue.put_nowait((i, error))
 

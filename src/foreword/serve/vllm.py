@@ -47,12 +47,26 @@ MAX_LENGTHS = 1 << 17
 """How many contents are remembered as checked, a number each."""
 
 
-def base_for_vllm(name: str, *, dtype: torch.dtype | str | None = None) -> Base:
+def base_for_vllm(name: str, *, dtype: torch.dtype | str | None = None, device: str | None = None) -> Base:
     """A base as the engine and the server beside it need it: all but its weights, which vLLM loads itself.
 
+    Args:
+        name: as `load_base` takes it.
+        dtype: the same; by default and for `auto` what vLLM's device has, which is not always the processor.
+        device: None, or the kind of device that vLLM was built for.
+
     Raises:
-        BaseLoadError, MissingExtraError, SettingsError: as `load_base` does.
+        SettingsError: another device. BaseLoadError, MissingExtraError, SettingsError: as `load_base` does.
     """
+    from vllm.platforms import current_platform
+
+    if device not in (None, current_platform.device_type):
+        raise SettingsError(
+            f"expected the device {current_platform.device_type!r}, which vLLM is for here; got {device!r}: set "
+            "CUDA_VISIBLE_DEVICES to choose among several, or use the local engine"
+        )
+    if dtype in (None, "auto") and not current_platform.is_cpu():
+        dtype = current_platform.supported_dtypes[0]
     base = load_base(name, dtype=dtype, device="cpu")
     # both look at the weights, and are remembered
     assert base.fingerprint
@@ -134,7 +148,8 @@ class VllmEngine(Engine):
             raise SettingsError(f"expected other options for vLLM; {', '.join(clash)} are set by foreword")
         try:
             config = AsyncEngineArgs(**{**args, **options}).create_engine_config()
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
+            # the last where there is no device of the kind that vLLM was built for
             raise SettingsError(
                 f"vLLM does not start with these options: {' '.join(str(error).split())[:500]}"
             ) from error
