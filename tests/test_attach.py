@@ -823,6 +823,14 @@ def test_a_failed_forward_pass_leaves_no_trace() -> None:
         assert model(input_ids=random_ids(1, CONTEXT - P)).logits.isfinite().all()
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
         assert source.calls == 4
+        # torch tells no hook of an interrupt
+        head = model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=ids)
+        handle.remove()
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        assert source.calls == 6
 
 
 def test_detaching_twice_leaves_the_next_one_alone() -> None:

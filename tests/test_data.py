@@ -285,6 +285,7 @@ def test_a_long_x_loses_the_end_of_its_last_field(family: str) -> None:
 def test_a_token_of_the_fields_end_and_the_template_is_kept_whole() -> None:
     base = tiny_base("gpt2")
     base.tokenizer.add_tokens(["!\n"])
+    base.model.resize_token_embeddings(len(base.tokenizer))
     merged = base.tokenizer.convert_tokens_to_ids("!\n")
     assert frame(base, {"input": "abcd!"}, Framing(max_input_tokens=3)) == [*ids(base, "ab"), merged]
 
@@ -342,14 +343,28 @@ def test_a_long_chat_keeps_what_the_template_puts_last() -> None:
         ([{"role": "user", "content": [{"type": "text", "text": "line\nline"}]}], "got .*'content': "),
         ([{"role": "assistant", "content": "a"}], "expected a message before the assistant's answer; there is none"),
         ([{"role": "tool", "content": "a"}], "the chat template of 'tiny gpt2' refuses the messages: no tools here"),
+        ([{"role": "odd", "content": "a"}], "the chat template of 'tiny gpt2' refuses the messages: .*'int'"),
         ([{"role": "user", "content": "\udc80"}], "expected Unicode text; got a lone surrogate"),
     ],
 )
 def test_bad_messages_are_refused(messages: Any, message: str) -> None:
     guard = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools\nhere') }}{% endif %}"
+    guard += "{% if messages[0]['role'] == 'odd' %}{{ 1 + 'a' }}{% endif %}"
     base = tiny_base("gpt2", chat_template=guard + CHAT)
     with refused(DataError, message):
         frame(base, {"messages": messages}, Framing(chat=True), "record 3")
+
+
+def test_a_token_that_the_base_has_not() -> None:
+    base = tiny_base("gpt2")
+    base.tokenizer.add_tokens(["zzz"])
+    message = (
+        "record 3: expected tokens that the base has; 'zzz' was added to the tokenizer of 'tiny gpt2' alone: resize"
+    )
+    with refused(DataError, message):
+        frame(base, {"input": "a zzz"}, Framing(), "record 3")
+    with refused(DataError, message.replace("3", "1")):
+        rows_of(base, [{"input": "a", "output": "zzz"}], Framing(), length=5)
 
 
 def test_a_chat_needs_a_template_and_an_answer() -> None:

@@ -370,6 +370,18 @@ def test_absurd_rows_stay_with_their_user(row: Any, message: str, where: str, tm
     assert_as_alone(prefixes, "gpt2", DIRECT, dev=where == "dev")
 
 
+def test_what_is_nested_too_deep_to_be_hashed_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    records = UserFile.records
+    monkeypatch.setattr(UserFile, "records", lambda self, user: [{**row, "x": deep} for row in records(self, user)])
+    prefixes, _ = many(
+        cached_base("gpt2", torch.float64), user_file(tmp_path / "u.jsonl", USERS), settings=DIRECT, slots=2
+    )
+    assert sorted(prefixes) == sorted(USERS)
+
+
 def test_names_that_the_store_refuses_fail_alone(tmp_path: Path) -> None:
     users = {
         "a\nb": USERS["ann"],

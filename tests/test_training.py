@@ -10,8 +10,9 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from foreword.checkpoint import check_out, checkpoint_of
 from foreword.data import batches, collate, rows_of
 from foreword.errors import DataError, SettingsError, TooLongError, TrainingError, WrongBaseError
 from foreword.learner import Learner
+from foreword.learner import checkpointing as checkpointed
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import layers_of, matrices_of
@@ -713,6 +715,9 @@ def test_a_run_that_fails_leaves_the_base_as_it_was() -> None:
             train(base, ROWS, settings=settings_of(gradient_checkpointing=checkpointing), on_step=killed_at(3))
         assert not any(module.training for module in base.model.modules())
         assert not any(getattr(module, "gradient_checkpointing", False) for module in base.model.modules())
+    with checkpointed(base, True):
+        train(base, ROWS, settings=settings_of(gradient_checkpointing=True, epochs=1))
+        assert any(getattr(module, "gradient_checkpointing", False) for module in base.model.modules())
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in base.model.modules()] == hooks
     assert base_bytes(base) == before
     assert base.model.config._attn_implementation == implementation
@@ -766,6 +771,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str) -> N
         ({"reparametrization": "lora"}, "expected a reparametrization of direct, mlp, embedding; got 'lora'"),
         ({"init": "words"}, "expected init 'activations' or 'random'; got 'words'"),
         ({"init_text": " \n"}, "expected at least one word in init_text; it is empty"),
+        ({"init_text": "a \udc80"}, "expected Unicode text in init_text; got a lone surrogate"),
         ({"init_text": "words", "init": "random"}, "init_text gives activations to start from: leave it away"),
     ],
     ids=str,
@@ -787,6 +793,7 @@ def test_what_excludes_each_other(tmp_path: Path) -> None:
     refused("patience counts epochs by their development loss: give dev", settings=settings_of(patience=1))
     refused("expected checkpoint_every of at least 1 step; got 0", checkpoint_every=0)
     refused("resume and overwrite are about the file `out`", resume=True)
+    refused("expected one of torch.bfloat16, .* for the file; got torch.int8", out=out, save_dtype=torch.int8)
     refused("resume and overwrite are about the file `out`", overwrite=True)
     refused("init_text and a prefix to go on from", init_from=own_prefix(base), settings=settings_of(init_text="a"))
     refused(
@@ -892,26 +899,47 @@ def test_mixed_precision_computes_in_bfloat16() -> None:
     assert rounded == pytest.approx(exact, rel=0.03)
 
 
-def train_with(accelerator: Accelerator, folder: Path, **settings: Any) -> None:
-    losses: list[float] = []
-    train(
-        fresh_base(dtype=torch.float64),
-        ROWS,
-        dev=DEV,
-        settings=settings_of(epochs=3, **settings),
-        accelerator=accelerator,
-        out=folder / "p.safetensors",
-        save_dtype=torch.float32,
-        checkpoint_every=1,
-        on_step=lambda p: losses.append(p.loss),
-    )
-    (folder / f"losses{accelerator.process_index}").write_text(" ".join(map(repr, losses)))
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_what_others_have_set_up_changes_nothing() -> None:
+    """As transformers' Trainer does with bf16; and what we set up does not bind them."""
+    base = cached_base("llama")
+    expected = train(base, ROWS, settings=settings_of()).to_bytes(torch.float32)
+    assert Accelerator(mixed_precision="bf16", cpu=True).mixed_precision == "bf16"
+    assert matrices_equal(train(base, ROWS, settings=settings_of()), Prefix.from_bytes(expected))
 
 
-def one_of_two(folder: Path) -> None:
+def matrices_equal(one: Prefix, other: Prefix) -> bool:
+    return all(torch.equal(matrix, matrices_of(other)[section]) for section, matrix in matrices_of(one).items())
+
+
+def train_with(accelerator: Accelerator, folder: Path, *, resume: bool = False, **settings: Any) -> None:
+    with (folder / f"losses{accelerator.process_index}").open("a") as losses:
+        train(
+            fresh_base(dtype=torch.float64),
+            ROWS,
+            dev=DEV,
+            settings=settings_of(epochs=3, **settings),
+            accelerator=accelerator,
+            out=folder / "p.safetensors",
+            save_dtype=torch.float32,
+            checkpoint_every=1,
+            resume=resume,
+            on_step=lambda p: print(repr(p.loss), file=losses),
+        )
+
+
+def one_of_two(folder: Path, end: str) -> None:
+    """In its first run killed before its file is there; in its second the other process is late."""
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    train_with(accelerator, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if end == "killed":
+            patch.setattr(Prefix, "save", lambda *_: 1 / 0)
+        if not accelerator.is_main_process and end == "late":
+            time.sleep(2)
+        # three batches an epoch, of which the second step has one
+        with pytest.raises(ZeroDivisionError) if end == "killed" and accelerator.is_main_process else nullcontext():
+            train_with(accelerator, folder, batch_size=3, resume=end == "late")
 
 
 @pytest.mark.slow
@@ -919,14 +947,15 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path) -> No
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
     # forked from a process of its own, since this one has threads
-    script = f"import accelerate, pathlib, test_training as t; accelerate.debug_launcher(t.one_of_two, (pathlib.Path({str(tmp_path / 'two')!r}),), 2)"
-    subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-    )
-    train_with(Accelerator(), tmp_path / "one", accumulation=2)
+    for end in ("killed", "late"):
+        script = f"import accelerate, pathlib, test_training as t; accelerate.debug_launcher(t.one_of_two, (pathlib.Path({str(tmp_path / 'two')!r}), {end!r}), 2)"
+        subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+    train_with(Accelerator(), tmp_path / "one", accumulation=2, batch_size=3)
     one = [*map(float, (tmp_path / "one" / "losses0").read_text().split())]
     assert len(one) == 6
     for process in (0, 1):

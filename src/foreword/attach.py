@@ -227,6 +227,8 @@ class Attachment:
                 self.stack = self.source()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # also after a forward pass that Ctrl-C ended, of which torch tells no hook
+        self._refreshed = False
         self._refresh()
         self._refreshed = True
         if not self.starts_at_prefix:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 
 from foreword.errors import DataError, SettingsError, TooLongError
 from foreword.prefix import Framing
@@ -259,6 +258,11 @@ def _tokenize(base: Base, text: str, where: str, **options: Any) -> list[int]:
         raise DataError(f"{where}: expected Unicode text; got a lone surrogate, {text[error.start]!a}") from None
     # its remarks on long texts aside: whether one fits is looked at where P is known
     ids: list[int] = base.tokenizer(text, verbose=False, **options)["input_ids"]
+    if max(ids, default=0) >= len(base.embeddings):
+        raise DataError(
+            f"{where}: expected tokens that the base has; {base.tokenizer.convert_ids_to_tokens(max(ids))!r} was added to "
+            f"the tokenizer of {base.name!r} alone: resize the model's embeddings"
+        )
     return ids
 
 
@@ -295,8 +299,9 @@ def _chat(base: Base, messages: list[dict[str, str]], where: str) -> str:
         )
     try:
         text = base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        why = " ".join(str(error).split())
+    except Exception as error:
+        # a template is a program, and may trip over anything
+        why = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{where}: the chat template of {base.name!r} refuses the messages: {why}") from None
     assert isinstance(text, str)
     return text

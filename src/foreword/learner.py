@@ -57,7 +57,7 @@ def make_trainable(
 def _start_tokens(base: Base, rows: Sequence[Row], settings: TrainSettings) -> tuple[list[int], list[int]] | None:
     """Token ids whose activations start the prefix: the given words, else the first rows, x and y."""
     if settings.init_text is not None:
-        words = base.tokenizer(settings.init_text)["input_ids"]
+        words = base.tokenizer(settings.init_text, verbose=False)["input_ids"]
         return words, words
     if settings.init == "random" or not rows:
         return None
@@ -90,6 +90,7 @@ def checkpointing(base: Base, wanted: bool) -> Iterator[None]:
         yield
         return
     model: Any = base.model
+    before = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
     def switch(way: str, *options: Mapping[str, bool]) -> None:
         with warnings.catch_warnings():
@@ -105,7 +106,8 @@ def checkpointing(base: Base, wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        switch("disable")
+        if not before:
+            switch("disable")
         model.eval()
 
 

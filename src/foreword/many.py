@@ -171,12 +171,16 @@ class _Plan:
     def _source(self, records: Sequence[Record], dev: Sequence[Record] | None) -> str | None:
         """As `Learner.identity`, but of the records and the tokenizer, so that nothing need be tokenized to know it.
 
-        None where the tokenizer is none of the library `tokenizers`, which alone can be hashed whole.
+        None where the tokenizer is none of the library `tokenizers`, which alone can be hashed whole, or the records cannot.
         """
         if self._everybodys is None:
             return None
         digest = self._everybodys.copy()
-        digest.update(json.dumps([records, dev], sort_keys=True).encode())
+        try:
+            digest.update(json.dumps([records, dev], sort_keys=True).encode())
+        except RecursionError:
+            # what can be read can be nested too deep to be written again
+            return None
         return digest.hexdigest()
 
     @cached_property

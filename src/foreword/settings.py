@@ -82,6 +82,8 @@ class TrainSettings:
             raise SettingsError(f"expected init 'activations' or 'random'; got {self.init!r}")
         if self.init_text is not None and not self.init_text.strip():
             raise SettingsError("expected at least one word in init_text; it is empty")
+        if self.init_text is not None and any("\ud800" <= character <= "\udfff" for character in self.init_text):
+            raise SettingsError("expected Unicode text in init_text; got a lone surrogate")
         if self.init_text is not None and self.init == "random":
             raise SettingsError("init_text gives activations to start from: leave it away, or init 'random'")
         if self.lr is not None and not 0 < self.lr <= 1e6:

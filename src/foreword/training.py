@@ -15,12 +15,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
 from foreword.attach import Attachment, attach
 from foreword.checkpoint import check_out, checkpoint_of, read_checkpoint, write_checkpoint
@@ -29,11 +29,13 @@ from foreword.errors import SettingsError
 from foreword.learner import Learner, checkpointing, init_name, make_trainable
 from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
-from foreword.prefix import Card, Framing, Prefix
+from foreword.prefix import Card, Framing, Prefix, check_dtype
 from foreword.settings import TrainSettings
 from foreword.version import __version__
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from foreword.bases import Base
 
 __all__ = ["FILE_NAME", "TrainSettings", "TrainingProgress", "attach_trainable", "train"]
@@ -106,7 +108,8 @@ def train(
         checkpoint_every: steps between checkpoints; there is one after every epoch too.
         save_dtype: of the file.
         accelerator: for several processes, mixed precision in bfloat16, or trackers, which get loss, dev_loss, lr and
-            tokens_per_second. The device is the base's, and accumulation is in `settings`.
+            tokens_per_second. The device is the base's, and accumulation is in `settings`. Default: none of these, whatever
+            others in this process have set up.
         on_step: called after every step.
 
     Returns:
@@ -120,7 +123,7 @@ def train(
     """
     settings = settings or TrainSettings()
     framing = framing or Framing()
-    accelerator = accelerator or Accelerator()
+    accelerator = accelerator or _Alone()
     if settings.infix and (out is not None or base.is_encoder_decoder):
         raise SettingsError("infix is an ablation for decoder-only bases, and has no file format: leave `out` away")
     if checkpoint_every < 1:
@@ -130,6 +133,7 @@ def train(
             f"expected mixed precision 'no' or 'bf16'; got {accelerator.mixed_precision!r}, whose losses need scaling: load "
             "the base in another dtype instead"
         )
+    check_dtype(save_dtype)
     if out is not None:
         check_out(out, resume=resume, overwrite=overwrite)
     elif resume or overwrite:
@@ -150,6 +154,8 @@ def train(
     identity = learner.identity()
     if checkpoint is not None and resume and checkpoint.exists():
         learner.load_state(*read_checkpoint(checkpoint, identity))
+    # the first to be done removes the checkpoint, which all have seen by now
+    accelerator.wait_for_everyone()
 
     work = Work(base, learner.trainable.length)
     count, tokens, operations, seconds = 0, 0, 0.0, 0.0
@@ -195,14 +201,42 @@ def train(
     return prefix
 
 
+class _Alone:
+    """What `train` asks of an accelerator, where none is given: one process, the base's own precision, no trackers.
+
+    accelerate has one state for the whole process: ours would bind others to it, and theirs ours.
+    """
+
+    mixed_precision = "no"
+    num_processes = 1
+    process_index = 0
+    is_main_process = True
+
+    def autocast(self) -> nullcontext[None]:
+        return nullcontext()
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return tensor
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """There are no trackers."""
+
+    def wait_for_everyone(self) -> None:
+        """There is nobody else."""
+
+
 def _gradients(
-    base: Base, attachment: Attachment, learner: Learner, group: Sequence[Sequence[int]], accelerator: Accelerator
+    base: Base,
+    attachment: Attachment,
+    learner: Learner,
+    group: Sequence[Sequence[int]],
+    accelerator: Accelerator | _Alone,
 ) -> float:
     """Run one step's batches forward and backward; returns the mean loss over their y tokens."""
     rows = learner.rows
     # every process knows the whole step, so the count of y tokens needs no communication
     count = sum(len(rows[i].y) for indices in group for i in indices)
-    total = torch.zeros((), device=base.device)
+    total = torch.zeros((), device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
     for indices in group[accelerator.process_index :: accelerator.num_processes]:
         batch = collate(base, [rows[i] for i in indices])
         with accelerator.autocast():
@@ -217,7 +251,7 @@ def _gradients(
     return total.item()
 
 
-def _log(accelerator: Accelerator, progress: TrainingProgress) -> None:
+def _log(accelerator: Accelerator | _Alone, progress: TrainingProgress) -> None:
     values = {
         "loss": progress.loss,
         "lr": progress.lr,
