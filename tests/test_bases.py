@@ -24,6 +24,7 @@ from foreword.attach import Stack, attach
 from foreword.bases import Base, cache_folder, load_base
 from foreword.builtin import BUILT_IN, BuiltIn, download
 from foreword.errors import BaseLoadError, MissingExtraError, SettingsError
+from foreword.generation import GenerateSettings, generate
 
 FAMILIES = pytest.mark.parametrize("family", BUILDERS)
 IDS = torch.tensor([[71, 101, 108, 108, 111, 258, 3], [11, 2, 3, 5, 7, 13, 17]])
@@ -95,10 +96,16 @@ def test_a_base_is_a_function_in_training_mode_too(family: str) -> None:
     torch.testing.assert_close(logits(base.model.train()), expected, rtol=0, atol=0)
 
 
-def test_the_end_token_pads_where_there_is_no_padding_token() -> None:
+def test_the_end_token_pads_where_there_is_no_padding_token_that_the_model_knows() -> None:
     base = base_of("llama")
     base.tokenizer.pad_token = None
     assert base.pad_id == EOS
+    expected = generate(base, ["a", "abc"], settings=GenerateSettings(max_new_tokens=4))
+    # one that was added, while the model was left as it was
+    base.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert base.tokenizer.pad_token_id == len(base.embeddings)
+    assert base.pad_id == EOS
+    assert generate(base, ["a", "abc"], settings=GenerateSettings(max_new_tokens=4)) == expected
 
 
 def test_a_tokenizer_without_an_end_token() -> None:
@@ -140,33 +147,53 @@ def test_other_weights_have_another_fingerprint(family: str) -> None:
     assert Base(model, tiny_tokenizer(family), "").fingerprint == own
 
 
+DYNAMIC: dict[str, Any] = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 33}
+SLIDING: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 7}
+T5_1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+
+
 @pytest.mark.parametrize(
-    ("family", "config"),
+    ("family", "config", "other"),
     [
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-        ("llama", {"rms_norm_eps": 1e-5}),
-        ("llama", {"hidden_act": "gelu"}),
-        ("mistral", {"sliding_window": 11}),
-        ("mistral", {"sliding_window": None}),
-        ("gemma3", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
-        ("gemma3", {"query_pre_attn_scalar": 17}),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-        ("opt", {"activation_function": "gelu"}),
-        ("bart", {"scale_embedding": True}),
-        ("t5", {"feed_forward_proj": "gelu"}),
+        ("llama", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+        ("llama", {}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
+        ("llama", {}, {"rms_norm_eps": 1e-5}),
+        ("llama", {}, {"hidden_act": "gelu"}),
+        ("mistral", {}, {"sliding_window": 11}),
+        ("mistral", {}, {"sliding_window": None}),
+        ("gemma3", {}, {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
+        ("gemma3", {}, {"query_pre_attn_scalar": 17}),
+        ("gpt2", {}, {"scale_attn_by_inverse_layer_idx": True}),
+        ("opt", {}, {"activation_function": "gelu"}),
+        ("bart", {}, {"scale_embedding": True}),
+        ("t5", {}, {"feed_forward_proj": "gelu"}),
+        ("t5", {}, {"scale_decoder_outputs": False}),
+        ("t5", T5_1_1, T5_1_1 | {"scale_decoder_outputs": True}),
+        ("qwen3", SLIDING | {"max_window_layers": 0}, SLIDING | {"max_window_layers": 3}),
+        ("gemma3", {"layer_types": ["sliding_attention"] * 3}, {"layer_types": ["full_attention"] * 3}),
+        ("llama", DYNAMIC, DYNAMIC | {"max_position_embeddings": 17}),
+        ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
+        ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"truncate": False}}),
     ],
 )
 def test_the_same_weights_in_another_configuration_have_another_fingerprint(
-    family: str, config: dict[str, Any]
+    family: str, config: dict[str, Any], other: dict[str, Any]
 ) -> None:
-    plain, changed = base_of(family), base_of(family, **config)
+    plain, changed = base_of(family, **config), base_of(family, **other)
     for (name, one), (other_name, other) in zip(
         plain.model.named_parameters(), changed.model.named_parameters(), strict=True
     ):
         assert name == other_name
         assert torch.equal(one, other)
     assert plain.fingerprint != changed.fingerprint
+
+
+def test_what_adds_to_the_logits_is_in_the_fingerprint() -> None:
+    """BART saves it with its weights, as a buffer; it is zero where nobody changed it."""
+    base = base_of("bart")
+    base.model.final_logits_bias[0, 3] = 50.0
+    assert base.fingerprint != base_of("bart").fingerprint
 
 
 def test_what_does_not_change_the_function_does_not_change_the_fingerprint() -> None:
@@ -280,7 +307,10 @@ def configure(folder: Path, **values: Any) -> Path:
 
 
 def test_nothing_there() -> None:
-    for name in ("./no/such/folder", "/no/such/folder", "no/such/deep/folder", "no-such.gguf", "a b"):
+    for name in (
+        *("./no/such/folder", "/no/such/folder", "no/such/deep/folder", "no-such.gguf", "a b"),
+        *("~nosuchuser/x", "/" + "x" * 5000, "a\0b"),
+    ):
         refused(
             name,
             r"no model at '.*': expected a local folder, a .gguf file, a hub id .* built-in \(smollm2-135m\)",

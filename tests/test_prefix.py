@@ -77,10 +77,12 @@ def load_bytes(folder: Path, content: bytes) -> Prefix:
 def refused(folder: Path, content: bytes, match: str) -> None:
     with pytest.raises(PrefixFileError, match=match) as caught:
         load_bytes(folder, content)
-    message = str(caught.value)
-    assert message.startswith(str(folder))
-    assert "\n" not in message
-    assert len(message) < 1000
+    assert str(caught.value).startswith(str(folder))
+    with pytest.raises(PrefixFileError, match=match) as same:
+        Prefix.from_bytes(content)
+    for message in (str(caught.value), str(same.value)):
+        assert "\n" not in message
+        assert len(message) < 1000
 
 
 # ---- there and back --------------------------------------------------------------------------------------
@@ -109,6 +111,13 @@ def test_bfloat16_is_the_default(tmp_path: Path) -> None:
     small().save(tmp_path / "p.safetensors")
     assert Prefix.load(tmp_path / "p.safetensors").sections["decoder"][0][0].dtype == torch.bfloat16
     assert (tmp_path / "p.safetensors").read_bytes() == small().to_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "float32"])
+def test_no_file_is_of_a_dtype_that_none_is_read_in(dtype: Any, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=f"^expected one of torch.bfloat16, .* for the file; got '?{dtype}'?$"):
+        small().save(tmp_path / "p.safetensors", dtype)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_layers_may_have_unequal_heads(tmp_path: Path) -> None:
@@ -229,6 +238,9 @@ def changed_card(**changes: Any) -> str:
         (changed_card(training=[]), "wrong kind"),
         (changed_card(metrics=[["a", 1]]), "wrong kind"),
         (changed_card(metrics={"bleu": "high"}), "wrong kind"),
+        (changed_card(metrics={"bleu": True}), "wrong kind"),
+        (changed_card(metrics={"bleu": 10**400}), "wrong kind"),
+        (changed_card(training={"infix": True}), "wrong kind"),
         (changed_card(framing={"template": 7}), "wrong kind"),
         (changed_card(framing={"chat": "yes"}), "wrong kind"),
         (changed_card(framing={"max_input_tokens": "many"}), "wrong kind"),
@@ -407,6 +419,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, (tmp_path / "model.safetensors").read_bytes(), no_card)
     save_file({"wte.weight": torch.ones(3, 5)}, tmp_path / "bare.safetensors")
     refused(tmp_path, (tmp_path / "bare.safetensors").read_bytes(), no_card)
+    refused(tmp_path, raw_file({"__metadata__": None}), no_card)
     torch.save({"keys": torch.ones(3)}, tmp_path / "pickle.pt")
     for content in (
         b"",

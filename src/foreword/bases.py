@@ -63,7 +63,7 @@ _TOLD = (
 _TOLD_OF_ROPE = (
     *("rope_type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"),
     *("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"),
-    *("short_factor", "long_factor"),
+    *("short_factor", "long_factor", "mscale", "mscale_all_dim", "truncate"),
 )
 
 
@@ -129,13 +129,19 @@ class Base:
 
         SHA-256 over the configuration values that weights don't show (family, heads, rotary parameters,
         windows, activation, ...) and over each parameter's name, its shape, and the signs of up to 4096 of
-        its numbers, evenly spread. Rounding to another dtype keeps a number's sign, even where the number
-        becomes zero, so the fingerprint is the same whatever dtype the base was loaded in. And so few numbers
-        are read quickly from a base of 70 billion, too. Training or quantizing a base flips signs near zero,
-        which changes the fingerprint; a change that flips none of those read does not show.
+        its numbers, at even steps from the first on. Rounding to another dtype keeps a number's sign, even
+        where the number becomes zero, so the fingerprint is the same whatever dtype the base was loaded in.
+        And so few numbers are read quickly from a base of 70 billion, too. Training or quantizing a base
+        flips signs near zero, which changes the fingerprint; a change that flips none of those read does not
+        show.
         """
         digest = hashlib.sha256(json.dumps(_told(self.model.config), sort_keys=True).encode())
-        for name, parameter in sorted(self.parameters.items()):
+        tensors: dict[str, torch.Tensor] = {**self.parameters}
+        # BART's buffer, told only where it is not zero, as it ordinarily is
+        bias = getattr(self.model, "final_logits_bias", None)
+        if bias is not None and bias.any():
+            tensors["final_logits_bias"] = bias
+        for name, parameter in sorted(tensors.items()):
             digest.update(f"{name} {list(parameter.shape)} ".encode())
             digest.update(_signs(parameter.detach()).cpu().numpy().tobytes())
         return digest.hexdigest()
@@ -168,7 +174,9 @@ class Base:
     @property
     def pad_id(self) -> int:
         """What rows are filled with: the padding token, else the end token. Masks say what is padding."""
-        return self.end_id if self.tokenizer.pad_token_id is None else int(self.tokenizer.pad_token_id)
+        pad = self.tokenizer.pad_token_id
+        # one that was added to the tokenizer alone has no embedding
+        return self.end_id if pad is None or pad >= len(self.embeddings) else int(pad)
 
 
 def _told(config: PreTrainedConfig) -> dict[str, Any]:
@@ -189,14 +197,24 @@ def _told(config: PreTrainedConfig) -> dict[str, Any]:
         for key, value in rope.items()
         if isinstance(value, dict) or key in _TOLD_OF_ROPE
     }
+    # what follows is told only where it is out of the ordinary: prefix files hold the others' fingerprints
+    if any(one.get("rope_type") == "dynamic" for one in (rope, *rope.values()) if isinstance(one, dict)):
+        told["max_position_embeddings"] = config.max_position_embeddings
+    # T5 scales, and T5 1.1, whose layers are gated, does not
+    scaled, gated = (getattr(config, key, None) for key in ("scale_decoder_outputs", "is_gated_act"))
+    told["scale_decoder_outputs"] = scaled if scaled == gated else None
     # where all layers are of one type, sliding_window says which
     types = getattr(config, "layer_types", None) or []
-    told["layer_types"] = list(types) if len(set(types)) > 1 else None
+    usual = "full_attention" if told["sliding_window"] is None else "sliding_attention"
+    told["layer_types"] = None if set(types) <= {usual} else list(types)
     return {"model_type": config.model_type, **plain(told)}
 
 
 def _signs(parameter: torch.Tensor) -> torch.Tensor:
-    """The signs of up to 4096 numbers, evenly spread: [n] of bool."""
+    """The signs of up to 4096 numbers, at even steps from the first on: [n] of bool.
+
+    The step that a small matrix allows may be short of a third of it, which leaves its end unread.
+    """
     count = parameter.numel()
     step = max(1, count // SIGNS)
     # a step that shares no factor with the shape runs through every column
@@ -253,18 +271,19 @@ def load_base(
     name = os.fspath(name)
     device = _device(device)
     dtype = _dtype(dtype, device)
-    path = Path(name).expanduser()
+    # unlike pathlib's, these take what no path can be for one that isn't there
+    path = Path(os.path.expanduser(name))
     gguf = None
     if name in BUILT_IN:
         path = built_in_folder(name)
         where, cure = str(path), f"delete {path} and run this again"
-    elif path.is_dir():
+    elif os.path.isdir(path):
         where, cure = str(path), "give a folder that save_pretrained wrote, whole, with its tokenizer"
         if not (path / "config.json").is_file():
             raise BaseLoadError(f"expected a model's folder; {name!r} has no config.json: {cure}")
-    elif path.is_file() and path.suffix == ".gguf":
+    elif os.path.isfile(path) and path.suffix == ".gguf":
         where, gguf, cure = str(path.parent), path.name, "is it a whole GGUF file? download it again"
-    elif path.is_file():
+    elif os.path.isfile(path):
         raise BaseLoadError(f"expected {_KINDS}; {name!r} is another kind of file")
     elif path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise BaseLoadError(f"no model at {name!r}: expected {_KINDS}")

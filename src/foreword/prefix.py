@@ -34,7 +34,7 @@ from foreword.errors import PrefixFileError, SettingsError, WrongBaseError
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["SECTIONS", "Card", "Framing", "Prefix", "write_atomically"]
+__all__ = ["SECTIONS", "Card", "Framing", "Prefix", "check_dtype", "write_atomically"]
 
 SECTIONS = ("encoder", "decoder", "cross")
 """Every section a prefix may have, in the order in which the model meets them."""
@@ -115,7 +115,13 @@ class Card:
             and isinstance(card.framing.max_input_tokens, int | None)
             and isinstance(card.training, dict)
             and isinstance(card.metrics, dict)
-            and all(isinstance(value, int | float) for value in card.metrics.values())
+            # an integer that no float holds would break whoever prints it
+            and all(
+                type(value) is float or (type(value) is int and value.bit_length() < 1024)
+                for value in card.metrics.values()
+            )
+            # an infix has no file format
+            and card.training.get("infix") is not True
         ):
             raise PrefixFileError(
                 "the card in the file's header has fields of the wrong kind: the file is damaged or not foreword's"
@@ -218,7 +224,8 @@ class Prefix:
         return self
 
     def to_bytes(self, dtype: torch.dtype = torch.bfloat16) -> bytes:
-        """The whole file, with tensors in `dtype` (bfloat16 or float32)."""
+        """The whole file, with tensors in `dtype` (bfloat16 or float32; see `check_dtype`)."""
+        check_dtype(dtype)
         if self.infix:
             raise PrefixFileError("an infix is an ablation and has no file format: use it in memory, or train a prefix")
         tensors = {}
@@ -273,7 +280,7 @@ class Prefix:
         """
         try:
             tensors = load_tensors(data)
-            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise PrefixFileError(
                 f"expected a safetensors file; it is truncated or something else ({_short(error)})"
@@ -316,6 +323,12 @@ class Prefix:
                 + _short(", ".join(odd))
             )
         return names
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise `SettingsError` where a prefix file cannot be of a dtype."""
+    if dtype not in DTYPES:
+        raise SettingsError(f"expected one of {', '.join(map(str, DTYPES))} for the file; got {dtype!r}")
 
 
 def _short(what: object) -> str:

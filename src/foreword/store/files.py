@@ -54,7 +54,15 @@ class Files:
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file that is there whole or not at all."""
-        self.filesystem.pipe_file(self.path(path), data)
+        path = self.path(path)
+        try:
+            self.filesystem.pipe_file(path, data)
+        except FileNotFoundError:
+            # a server of files has folders to make; what is above the root may be a bucket, and is never made
+            with suppress(FileExistsError):
+                self.filesystem.mkdir(self.root, create_parents=False)
+            self.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.filesystem.pipe_file(path, data)
 
     def remove(self, path: str) -> None:
         """Remove a file, if there is one."""
@@ -138,9 +146,16 @@ def open_files(url: str, options: Mapping[str, Any]) -> Files:
     Raises:
         StoreError: fsspec cannot open it.
     """
+    # other writers change what is there, so listings are never cached
+    options = {"use_listings_cache": False, **options}
     try:
-        # other writers change what is there, so listings are never cached
-        filesystem, root = url_to_fs(url, **{"use_listings_cache": False, **options})
-    except (ImportError, ValueError) as error:
-        raise StoreError(f"expected a folder or a URL that fsspec can open; got {url!r}: {error}") from None
+        if "://" in url:
+            filesystem, root = url_to_fs(url, **options)
+        else:
+            # fsspec would take a folder named a::b for a chain of filesystems
+            filesystem = LocalFileSystem(**options)
+            root = filesystem._strip_protocol(url)
+    except Exception as error:  # its filesystems raise what they like
+        what = " ".join(str(error).split())[:200]
+        raise StoreError(f"expected a folder or a URL that fsspec can open; got {url!r}: {what}") from None
     return (LocalFiles if isinstance(filesystem, LocalFileSystem) else Files)(filesystem, root)

@@ -175,6 +175,11 @@ class Index:
         self._files.write(f"changes/{folder}/{_digits(now)}-{key}-{mark.stamp:016d}-{mark.id}", b"")
         return now
 
+    def announce_late(self, key: str, mark: Mark, announced: int) -> None:
+        """Announce again what took longer than SKEW: readers may no longer look for it."""
+        if self._now() - announced > SKEW:
+            self.announce(key, mark)
+
     def _days(self) -> tuple[list[str], int]:
         """The days that have announcements, and from when on these are complete."""
         entries = self._files.entries("changes")

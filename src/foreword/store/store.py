@@ -17,7 +17,7 @@ import torch
 from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, StoreError
 from foreword.prefix import Prefix
 from foreword.store.files import open_files
-from foreword.store.index import SECOND, SKEW, WINDOW, Changes, Index, Page, Token, home, run_of
+from foreword.store.index import SECOND, WINDOW, Changes, Index, Page, Token, home, run_of
 from foreword.store.names import (
     EPOCH,
     MICROSECOND,
@@ -124,9 +124,7 @@ class Store:
                 continue
             if not folder.named:
                 self._write_name(key, name)
-            if self._now() - announced > SKEW:
-                # readers may no longer look for it
-                self._index.announce(key, mark)
+            self._index.announce_late(key, mark, announced)
             return Version(name=name, **mark._asdict())
         raise StoreError(
             f"{name!r} was deleted {TRIES} times while it was put: stop what deletes it, then put it again"
@@ -249,8 +247,9 @@ class Store:
         if not (folder.alive or folder.left_of(folder.tombstone) or self._files.find(run_of(key))):
             raise self._missing(name)
         tombstone = self._next(folder, "")
-        self._index.announce(key, tombstone)
+        announced = self._index.announce(key, tombstone)
         self._files.write(f"{home(key)}/{tombstone.file}", b"")
+        self._index.announce_late(key, tombstone, announced)
         self._files.remove_all(run_of(key))
         self._clear(key, tombstone, name)
         return len(folder.alive)
@@ -289,7 +288,7 @@ class Store:
         """
         if limit < 1:
             raise SettingsError(f"expected a page of 1 name or more; got limit={limit}")
-        return self._index.page(after, limit, unicodedata.normalize("NFC", prefix))
+        return self._index.page(unicodedata.normalize("NFC", after), limit, unicodedata.normalize("NFC", prefix))
 
     def changes(self, since: Token | datetime | None = None) -> Changes:
         """What changed since an earlier call. Costs a few listings, at any number of names.

@@ -45,7 +45,7 @@ def left_by_deletion(key: str, folder: Folder, now: int) -> list[str]:
 def left_by_run(files: Files, key: str, folder: Folder, now: int) -> list[str]:
     """What a run kept of a name before the name was deleted; not what a run has begun to keep since."""
     tombstone = folder.tombstone
-    if tombstone is None or tombstone.stamp >= now - STALE or folder.alive:
+    if tombstone is None or tombstone.stamp >= now - STALE:
         return []
     return [path for path in files.find(run_of(key)) if files.modified(path) < tombstone.stamp]
 
