@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -249,7 +250,7 @@ def test_generate_with_a_prefix_a_row(run: Run, base: Path, prefix: Path, tmp_pa
     frozen = foreword.load_base(base)
     mine, other = own_prefix(frozen, length=3, seed=1), Prefix.load(prefix, frozen)
     mine.save(tmp_path / "mine.safetensors")
-    (tmp_path / "F.csv").write_text("text,prefix\na,mine.safetensors\nb,\nc,mine.safetensors\n")
+    (tmp_path / "F.csv").write_text("text,prefix,input\na,mine.safetensors,x\nb,,y\nc,mine.safetensors,z\n")
     ran = run("generate", "--base", base, "--prefix", prefix, "--input-file", "F.csv", "--input", "text", "--output", "G.jsonl",
               "--max-new-tokens", "5")  # fmt: skip
     assert ran == (0, "", "")
@@ -257,7 +258,9 @@ def test_generate_with_a_prefix_a_row(run: Run, base: Path, prefix: Path, tmp_pa
     expected = foreword.generate(
         frozen, ["a", "b", "c"], [mine, other, mine], settings=foreword.GenerateSettings(max_new_tokens=5)
     )
-    assert [row["output"] for row in read_records(tmp_path / "G.jsonl")] == expected
+    assert read_records(tmp_path / "G.jsonl") == [
+        {**row, "output": text} for row, text in zip(read_records(tmp_path / "F.csv"), expected, strict=True)
+    ]
 
 
 def test_every_option_of_generate_reaches_generation(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,6 +294,52 @@ def test_inspect(run: Run, prefix: Path) -> None:
     assert shown["fingerprint"] == card.fingerprint
     assert shown["sections"] == {"decoder": 3}
     assert shown["bytes"] == prefix.stat().st_size
+
+
+def test_a_hash_is_whole_on_a_narrow_screen(
+    run: Run, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    loaded = Prefix.load(prefix)
+    Prefix(loaded.sections, dataclasses.replace(loaded.card, training={"run": "ab" * 32})).save(tmp_path / "p")
+    assert f"run: '{'ab' * 32}'" in run("inspect", "p").out
+    assert run("store", "put", "S", "p", "p").code == 0
+    assert f"run: '{'ab' * 32}'" in run("store", "show", "S", "p").out
+
+
+def test_text_that_the_outputs_encoding_lacks(
+    run: Run, base: Path, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = Prefix.load(prefix)
+    Prefix(loaded.sections, dataclasses.replace(loaded.card, base="caf\xe9")).save(tmp_path / "p")
+    monkeypatch.setattr("foreword.generation.generate", lambda *_, **__: ["th\xe9"])
+    for arguments, told in ((("inspect", "p"), rb"caf\xe9"), (("generate", "--base", base, "a", "b"), rb"th\xe9")):
+        written = io.BytesIO()
+        with monkeypatch.context() as patch:
+            stream = io.TextIOWrapper(written, encoding="ascii")
+            patch.setattr(sys, "stdout", stream)
+            ran = run(*arguments)
+            stream.flush()
+        assert (ran.code, ran.err) == (0, "")
+        assert told in written.getvalue()
+
+
+def test_the_home_folder_in_what_is_written(
+    run: Run, base: Path, prefix: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr("foreword.generation.generate", lambda _, records, *__, **___: ["x"] * len(records))
+    monkeypatch.setattr("foreword.many.train_many", lambda *_, **__: [])
+    assert run("generate", "--base", base, "--input-file", data, "--output=~/o.jsonl").code == 0
+    assert run("train-many", "--base", base, "--data", data, "--by", "input", "--out=~/S").code == 0
+    assert run("card", prefix, "--out=~/README.md").code == 0
+    assert run("store", "put", "~/S", "a", prefix).code == 0
+    assert run("store", "get", "~/S", "a", "--out=~/a.safetensors").code == 0
+    assert {path.name for path in home.iterdir()} == {"o.jsonl", "S", "S.report.jsonl", "README.md", "a.safetensors"}
+    assert run("card", prefix, "--out=~nobody.md").code == 0
+    assert not (tmp_path / "~").exists()
+    assert (tmp_path / "~nobody.md").exists()
 
 
 def test_a_strangers_card_and_file_name_do_nothing_to_the_terminal(
@@ -327,7 +376,8 @@ def test_peft_there_and_back(run: Run, base: Path, prefix: Path, tmp_path: Path)
             assert torch.equal(tensor, original.float())
 
 
-def test_prepare_and_score(run: Run, tmp_path: Path) -> None:
+def test_prepare_and_score(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     (tmp_path / "e2e.csv").write_text('mr,ref\n"name[The Mill], food[English]",The Mill is English.\n')
     ran = run("prepare", "e2e", "e2e.csv", "--out", "rows.jsonl")
     assert ran == (0, "kept 1 inputs with 1 references; dropped nothing\n", "")
@@ -340,6 +390,7 @@ def test_prepare_and_score(run: Run, tmp_path: Path) -> None:
     scores = score_files("r.txt", "o.txt", "e2e.BLEU")
     assert (ran.code, ran.err) == (0, "")
     assert f"{scores.figures['BLEU']:.4f}" in ran.out
+    assert f"\nBLEU: {scores.signatures['BLEU']}\n" in ran.out
     ran = run("score", "--references", "r.txt", "--outputs", "o.txt", "--metrics", "e2e.BLEU", "--json")
     assert json.loads(ran.out) == scores.figures
 
@@ -453,6 +504,10 @@ BEFORE = {
     "output: a folder": ([*GENERATE, "--input-file", "rows.jsonl", "--output", "folder"], "expected a file to write to; folder is a folder"),
     "output: below a file": ([*GENERATE, "--input-file", "rows.jsonl", "--output", "old.safetensors/o"], "old.safetensors"),
     "import: there": (["import-peft", "folder", "--base", "{base}", "--out", "old.safetensors"], "is there already"),
+    "import: template": (["import-peft", "folder", "--base", "{base}", "--out", "p", "--template", "{{inp"], "expected a template such as"),
+    "import: of a killed run": (["import-peft", "folder", "--base", "{base}", "--out", "left.safetensors"], "left.safetensors.checkpoint is of a training run that did not end and writes left.safetensors: choose another name"),
+    "pull: of a killed run": (["pull", "a/b", "--out", "left.safetensors"], "is of a training run .*: choose another name"),
+    "get: of a killed run": (["store", "get", "S", "a", "--out", "left.safetensors"], "is of a training run .*: choose another name"),
     "import: below a file": (["import-peft", "folder", "--base", "{base}", "--out", "old.safetensors/p"], "old.safetensors"),
     "prepare: no source": (["prepare", "e2e", "none.csv", "--out", "o"], "none.csv"),
     "prepare: no task": (["prepare", "x", "rows.jsonl", "--out", "o"], "expected a task of dart, e2e, summarization, webnlg; got 'x'"),

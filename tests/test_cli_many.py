@@ -247,7 +247,7 @@ def test_the_store(run: Run, prefix: Path, tmp_path: Path) -> None:
     shown = run("store", "show", "S", "Zoë", "--json")
     card = json.loads(shown.out)
     assert card["dtype"] == "float32"
-    assert list(card["versions"]) == [first, second]
+    assert [one["sha256"] for one in card["versions"]] == [second, first]
     assert json.loads(run("store", "show", "S", "Zoë", "--version", first[:7], "--json").out)["dtype"] == "bfloat16"
     assert second in run("store", "show", "S", "Zoë").out
 
@@ -258,6 +258,12 @@ def test_the_store(run: Run, prefix: Path, tmp_path: Path) -> None:
     assert (tmp_path / "z.safetensors").read_bytes() == prefix.read_bytes()
     assert run("store", "roll-back", "S", "Zoë", first[:9]).code == 0
     assert store.newest("Zoë").sha256 == first
+    times = [one.time.isoformat(timespec="seconds") for one in store.versions("Zoë")]
+    expected = [{"sha256": sha256, "time": time} for sha256, time in zip((first, second, first), times, strict=True)]
+    assert json.loads(run("store", "show", "S", "Zoë", "--json").out)["versions"] == expected
+    lines = [line.split() for line in run("store", "show", "S", "Zoë").out.splitlines()]
+    place = lines.index(["versions", first, times[0]])
+    assert lines[place + 1 : place + 3] == [[second, times[1]], [first, times[2]]]
 
     ran = run("store", "rm", "S", "Zoë", "a/../b")
     assert ran.out == "Zoë: 3 versions deleted\na/../b: 1 versions deleted\n"

@@ -37,7 +37,7 @@ def told(base: str = "org/tiny", **more: Any) -> Prefix:
     return Prefix(random_prefix(tiny_model("gpt2"), 5).sections, card)
 
 
-EVALUATION = {
+EVALUATION: dict[str, Any] = {
     "task": "e2e",
     "data": "some/where/devset.csv",
     "split": None,
@@ -140,9 +140,32 @@ def test_a_folder_here_is_no_base_of_the_hub(tmp_path: Path, monkeypatch: pytest
     assert ModelCard(model_card(told(), name="voice")).data.base_model is None
 
 
-def test_an_evaluation_that_is_something_else() -> None:
-    with pytest.raises(DataError, match="expected what `foreword evaluate --json` prints; it lacks 'task'"):
-        model_card(told(), name="voice", evaluations=[{"BLEU": 0.5}])
+def scores(**figures: Any) -> dict[str, Any]:
+    return {"all": {**EVALUATION["scores"]["all"], "figures": figures}}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        *(
+            ({k: v for k, v in EVALUATION.items() if k != lost}, f"it lacks '{lost}'")
+            for lost in EVALUATION
+            if lost not in ("prefix", "base", "missing")
+        ),
+        ({**EVALUATION, "scores": {"all": {"figures": {}}}}, "it lacks 'intervals'"),
+        ({**EVALUATION, "scores": scores(BLEU=0.5)}, "it lacks 'ROUGE_L'"),
+        ({**EVALUATION, "scores": scores(BLEU="high")}, "type str"),
+        ({**EVALUATION, "generation": 5}, "'int' object has no attribute 'items'"),
+    ],
+)
+def test_an_evaluation_that_is_something_else(evaluation: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"expected what `foreword evaluate --json` prints; .*{message}"):
+        model_card(told(), name="voice", evaluations=[evaluation])
+
+
+def test_an_evaluation_without_a_bootstrap() -> None:
+    text = model_card(told(), name="voice", evaluations=[{**EVALUATION, "samples": 0}])
+    assert "\nOn `some/where/devset.csv`, num_beams 5, length_penalty 1.0, max_new_tokens 100.\n" in text
 
 
 # there and back
@@ -287,6 +310,12 @@ def test_the_push_and_pull_commands(
     assert wrong.code == 2
     assert wrong.err.startswith("error: cannot pull prefix.safetensors from somebody/none (")
     assert wrong.err.count("\n") == 1
+
+
+def test_a_card_that_is_not_utf_8(run: Run, prefix: Path, tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_bytes("# Café\n".encode("latin1"))
+    ran = run("push", prefix, "somebody/voice", "--card", "card.md")
+    assert (ran.code, ran.err) == (2, "error: card.md: expected UTF-8; byte 5 is not: save the file as UTF-8\n")
 
 
 def test_a_whole_card_and_parts_of_one_exclude_each_other(run: Run, prefix: Path, tmp_path: Path) -> None:

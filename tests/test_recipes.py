@@ -73,7 +73,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ((), {}),
         (("--length", 10), {"length": 10}),  # the default's value, and yet given
         (("--lr", 0.5, "--epochs", 2), {"lr": 0.5, "epochs": 2}),
-        (("--reparametrization", "direct"), {"reparametrization": "direct", "hidden": None}),
+        (("--reparametrization", "direct"), {"reparametrization": "direct", "hidden": None, "lr": None}),
+        (("--reparametrization", "direct", "--lr", 0.5), {"reparametrization": "direct", "hidden": None, "lr": 0.5}),
+        (("--reparametrization", "mlp"), {}),
         (("--init-text", "Describe:"), {"init_text": "Describe:", "init": "activations"}),
     ],
 )

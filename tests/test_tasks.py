@@ -116,6 +116,20 @@ def test_empty_references_are_dropped_and_counted(tmp_path: Path) -> None:
     assert str(report) == "kept 2 inputs with 2 references; dropped 2 × empty reference"
 
 
+def test_e2es_test_folder_holds_its_inputs_twice_and_those_without_references_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "testset.csv", "MR\nname[A]\nname[B]\n")
+    write(tmp_path / "testset_w_refs.csv", "mr,ref\nname[A],x\nname[A],y\nname[B],z\n")
+    write(tmp_path / "trainset.csv", CSV)
+    examples, report = read("e2e", tmp_path, split="test")
+    assert [(one.input, one.references) for one in examples] == [("name : A", ("x", "y")), ("name : B", ("z",))]
+    assert report == Report(kept=2, references=3, dropped={"row without a reference": 2})
+    (tmp_path / "testset_w_refs.csv").unlink()
+    with pytest.raises(DataError, match="expected at least one input with a reference; .* 2 × row without a reference"):
+        read("e2e", tmp_path, split="test")
+    with pytest.raises(DataError, match=r"testset\.csv:2: expected the column"):
+        read("e2e", tmp_path / "testset.csv")
+
+
 # WebNLG
 
 
@@ -506,7 +520,11 @@ def test_the_source_is_never_written_over(tmp_path: Path) -> None:
         prepare("e2e", source, tmp_path / "x" / ".." / "a.csv")
     with pytest.raises(SettingsError, match=r"expected a file to write to; .* is a folder"):
         prepare("e2e", source, tmp_path)
+    for folder_or_file in (source, tmp_path):
+        with pytest.raises(SettingsError, match=r"expected another file to write to than the source"):
+            prepare("e2e", folder_or_file, source)
     assert source.read_text() == CSV
+    prepare("e2e", tmp_path, write(tmp_path / "a.jsonl", "not among what is read"))
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

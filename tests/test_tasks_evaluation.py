@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from test_cli import Run, base, folders, jsonl, prefix, run  # noqa: F401
 from test_training import own_prefix
-from tiny import tiny_model, tiny_tokenizer
+from tiny import CONTEXT, tiny_model, tiny_tokenizer
 
 import foreword
 import foreword.bases
 import foreword.generation
-from foreword.errors import SettingsError
+from foreword.errors import SettingsError, TooLongError
 from foreword.evaluate import score, score_groups
 from foreword.generation import GenerateSettings, generate
 from foreword.tasks import Example, evaluation
@@ -62,8 +62,8 @@ def test_outputs_are_the_prefixs_and_are_kept(tmp_path: Path) -> None:
     assert outputs_of(never, prefix, EXAMPLES, SETTINGS, file) == expected
 
 
-@pytest.mark.parametrize("torn", ["", '{"run": "00', '{"run"'])
-def test_a_killed_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: str) -> None:
+@pytest.mark.parametrize("torn", [0, 7, 20, 40])
+def test_a_killed_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: int) -> None:
     base, prefix = of_gpt2()
     expected = generate(base, [one.input for one in EXAMPLES], prefix, settings=SETTINGS)
     monkeypatch.setattr(evaluation, "CHUNK", 2)
@@ -83,7 +83,7 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not file.exists()
     first = set(asked)
     part = file.with_name("o.jsonl.part")
-    part.write_text(part.read_text("utf-8") + torn, "utf-8")
+    part.write_bytes(part.read_bytes() + part.read_bytes()[:torn])
 
     asked.clear()
     monkeypatch.setattr(
@@ -118,6 +118,34 @@ def test_outputs_of_another_evaluation_are_not_taken(tmp_path: Path, unfinished:
     expected = generate(base, [one.input for one in EXAMPLES], prefix, settings=greedy)
     assert outputs_of(lambda: base, prefix, EXAMPLES, greedy, file, overwrite=True) == expected
     assert outputs_of(never, prefix, EXAMPLES, greedy, file) == expected
+
+
+@pytest.mark.parametrize("name", ["o.jsonl", "o.jsonl.part"])
+@pytest.mark.parametrize(
+    "content",
+    [b"dear notes", b"dear\nnotes\n", b'{\n  "dear": "notes"\n}\n', b"\x08\0\xff\n{}", b"[" * 9999, b'{"run": "0"}'],
+)
+def test_a_file_of_something_else_is_not_taken(tmp_path: Path, name: str, content: bytes) -> None:
+    base, prefix = of_gpt2()
+    other = tmp_path / name
+    other.write_bytes(content)
+    with pytest.raises(
+        SettingsError, match=f"{name} is of another evaluation .*: name another file, or give --overwrite"
+    ):
+        outputs_of(never, prefix, EXAMPLES, SETTINGS, tmp_path / "o.jsonl")
+    assert other.read_bytes() == content
+    assert len(outputs_of(lambda: base, prefix, EXAMPLES, SETTINGS, tmp_path / "o.jsonl", overwrite=True)) == 5
+
+
+def test_an_input_that_is_too_long_is_named_before_anything_is_generated(tmp_path: Path) -> None:
+    base, prefix = of_gpt2()
+    long = Example("a" * CONTEXT, ("y",), None, "dev:2")
+    message = rf"the input 'dev:2': expected one that fits the {CONTEXT} positions .*: leave it out of the data, or shorten it$"
+    done: list[int] = []
+    with pytest.raises(TooLongError, match=message):
+        outputs_of(lambda: base, prefix, [long, *EXAMPLES], SETTINGS, tmp_path / "o.jsonl", on_rows=done.append)
+    assert sum(done) == 0
+    assert (tmp_path / "o.jsonl.part").read_bytes() == b""
 
 
 def test_another_batch_size_is_the_same_evaluation(tmp_path: Path) -> None:
@@ -187,6 +215,7 @@ def own(prefix: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(prefix, tmp_path / "own.safetensors"))
 
 
+LONG = "ACategoryOfASingleWordThatIsLongerThanANarrowScreenHasRoomFor"
 FLAGS = ("--max-new-tokens", 5, "--num-beams", 2, "--samples", 30, "--metrics", "webnlg.BLEU,webnlg.TER")
 
 
@@ -218,6 +247,8 @@ def test_evaluate_again_needs_no_base(
     rows: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows.write_text(rows.read_text().replace('"City"', f'"{LONG}"'))
     command = ("evaluate", "--base", base, "--prefix", own, "--task", "webnlg", "--data", rows, *FLAGS)
     first = run(*command)
     monkeypatch.setattr(foreword.bases, "load_base", never)
@@ -225,6 +256,7 @@ def test_evaluate_again_needs_no_base(
     assert again == first
     assert first.code == 0
     assert "BLEU: sacrebleu|" in first.out
+    assert f"\n {LONG} " in first.out
     words = [line.split() for line in first.out.splitlines()]
     assert [line[:2] for line in words if line[:1] == ["Artist"]] == [["Artist", "2"]]
     fewer = run(*command, "--limit", 2)
@@ -262,6 +294,11 @@ def test_a_recipe_of_generation(
         (("--prefix", "none.safetensors"), "no prefix file at none.safetensors"),
         (("--outputs", "own.safetensors"), "expected another file to write to than"),
         (("--outputs", "data.jsonl"), "expected another file to write to than"),
+        (
+            ("--data", "folder", "--split", "dev", "--overwrite", "--outputs", "folder/dev.jsonl"),
+            "expected another file to",
+        ),
+        (("--outputs", "folder"), "expected a file for the outputs; folder is a folder"),
     ],
 )
 def test_what_is_wrong_is_found_before_the_base_is_loaded(
@@ -274,9 +311,11 @@ def test_what_is_wrong_is_found_before_the_base_is_loaded(
     message: str,
 ) -> None:
     monkeypatch.setattr(foreword.bases, "load_base", never)
-    before = rows.read_bytes(), own.read_bytes()
+    (rows.parent / "folder").mkdir()
+    kept = [rows, own, Path(shutil.copy(rows, rows.parent / "folder" / "dev.jsonl"))]
+    before = [path.read_bytes() for path in kept]
     ran = run("evaluate", "--base", base, "--prefix", own, "--task", "webnlg", "--data", rows, *flags)
     assert ran.code == 2
     assert ran.err.startswith(f"error: {message}") or f": {message}" in ran.err, ran.err
     assert ran.err.count("\n") == 1
-    assert (rows.read_bytes(), own.read_bytes()) == before
+    assert [path.read_bytes() for path in kept] == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib.util
+import io
 import json
 import sys
 import time
@@ -40,6 +41,8 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 def main() -> None:
     """Run the command line; the exit code is 2 for what the user can mend, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is
     try:
         app(prog_name="foreword")
     except (ForewordError, OSError) as error:
@@ -69,7 +72,7 @@ def root(
 def train(
     base: t.BaseName,
     data: Annotated[Path, typer.Option(help="JSONL, CSV or TSV with the columns input and output, or messages.")],
-    out_file: Annotated[Path, typer.Option("--out", help="The prefix file, .safetensors.")],
+    out_file: Annotated[Path, t.to_write("--out", help="The prefix file, .safetensors.")],
     context: typer.Context,
     recipe: cli_tasks.RecipeName = None,
     dev: Annotated[Path | None, typer.Option(help="Development rows: the prefix with the lowest loss is kept.")] = None,
@@ -103,7 +106,7 @@ def train(
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     log_with: Annotated[str | None, typer.Option(help="A tracker: tensorboard, trackio or wandb.")] = None,
     log_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the tracker's files; by default the prefix file's.")
+        Path | None, t.to_write(help="Folder for the tracker's files; by default the prefix file's.")
     ] = None,
     dtype: t.Dtype = "auto",
     device: t.Device = None,
@@ -223,7 +226,7 @@ def generate(
         str | None,
         typer.Option(metavar="DIR", help="The store that has the prefixes of rows; by default, they are files."),
     ] = None,
-    output_file: Annotated[Path | None, typer.Option("--output", help="JSONL: the rows with their output.")] = None,
+    output_file: Annotated[Path | None, t.to_write("--output", help="JSONL: the rows with their output.")] = None,
     input: Annotated[str, typer.Option(help="Column of x.")] = "input",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 128,
     num_beams: Annotated[int, typer.Option(help="Beams; 1 for none.")] = 1,
@@ -240,7 +243,7 @@ def generate(
 ) -> None:
     """Continue texts, or the rows of a file, with a prefix."""
     from foreword.bases import load_base
-    from foreword.data import read_records
+    from foreword.data import column_names, read_records, renamed
     from foreword.generation import GenerateSettings, stream
     from foreword.generation import generate as generate_texts
     from foreword.prefix import Framing, Prefix, write_atomically
@@ -276,7 +279,8 @@ def generate(
         return
     assert input_file is not None
     assert output_file is not None
-    records = read_records(input_file, input=input)
+    rows, names = read_records(input_file), column_names(input, "output")
+    records = [renamed(row, names, f"{input_file}, record {number}") for number, row in enumerate(rows, 1)]
     t.keep(output_file, input_file, prefix)
     opened = None if store is None else Store(store)
     named: dict[str, Prefix] = {}
@@ -299,8 +303,8 @@ def generate(
             outputs = generate_texts(
                 frozen, records, own, settings=settings, framing=framing, on_rows=lambda n: bar.advance(task, n)
             )
-        for record, text in zip(records, outputs, strict=True):
-            file.write(json.dumps({**record, "output": text}, ensure_ascii=False) + "\n")
+        for row, text in zip(rows, outputs, strict=True):
+            file.write(json.dumps({**row, "output": text}, ensure_ascii=False) + "\n")
 
 
 def _write(text: str) -> None:
@@ -323,18 +327,19 @@ def inspect(
 def import_peft(
     folder: Annotated[Path, typer.Argument(help="PEFT's folder, with adapter_config.json.")],
     base: t.BaseName,
-    out_file: Annotated[Path, typer.Option("--out", help="The prefix file to write.")],
+    out_file: t.OutFile,
     template: Annotated[str | None, typer.Option(help="How x was framed in training; PEFT doesn't say.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Make a prefix file of a PEFT prefix-tuning checkpoint."""
     from foreword.bases import load_base
-    from foreword.checkpoint import check_out
+    from foreword.data import fields_of
     from foreword.interop import peft
-    from foreword.prefix import Framing
 
-    check_out(out_file, overwrite=overwrite)
-    framing = None if template is None else Framing(template=t.typed(template))
+    t.check_new(out_file, overwrite=overwrite)
+    framing = None if template is None else t.framing_of(template, chat=False, max_input_tokens=None)
+    if framing is not None:
+        fields_of(framing.template)
     prefix = peft.import_peft(folder, load_base(base, device="cpu"), framing=framing)
     prefix.save(out_file, t.file_dtype("float32"))
     out.print(f"{shown(str(out_file))}: {prefix.length} virtual tokens")
@@ -344,7 +349,7 @@ def import_peft(
 def export_peft(
     file: Annotated[Path, typer.Argument(help="A prefix file.")],
     base: t.BaseName,
-    out_folder: Annotated[Path, typer.Option("--out", help="The folder to write, for PeftModel.from_pretrained.")],
+    out_folder: Annotated[Path, t.to_write("--out", help="The folder to write, for PeftModel.from_pretrained.")],
 ) -> None:
     """Make a PEFT checkpoint of a prefix file."""
     from foreword.bases import load_base

@@ -33,7 +33,7 @@ Evaluations = Annotated[
 
 def card(
     file: PrefixFile,
-    out_file: Annotated[Path | None, typer.Option("--out", help="By default README.md beside the prefix.")] = None,
+    out_file: Annotated[Path | None, t.to_write("--out", help="By default README.md beside the prefix.")] = None,
     name: Annotated[str | None, typer.Option(help="What it is called; by default as the file.")] = None,
     licence: Licence = None,
     language: Language = None,
@@ -76,7 +76,10 @@ def push(
     told = licence or language or data or evaluation
     if card_file is not None and told:
         raise SettingsError("--card is a whole README.md: give it, or what a card is made of, not both")
-    text = None if card_file is None else card_file.read_text("utf-8")
+    try:
+        text = None if card_file is None else card_file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{card_file}: expected UTF-8; byte {error.start} is not: save the file as UTF-8") from None
     if told:
         text = _card(Prefix.load(file), repository.rpartition("/")[2], licence, language, data, evaluation)
     _quiet()
@@ -85,7 +88,7 @@ def push(
 
 def pull(
     repository: Repository,
-    out_file: Annotated[Path, typer.Option("--out", help="The prefix file to write.")],
+    out_file: t.OutFile,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; by default main.")] = None,
     file: Annotated[str, typer.Option(help="The file in the repository.")] = "prefix.safetensors",
     overwrite: t.Overwrite = False,
@@ -93,6 +96,7 @@ def pull(
     """Get a prefix from the Hugging Face hub."""
     from foreword import hub
 
+    t.check_new(out_file, overwrite=overwrite)
     _quiet()
     prefix = hub.pull(repository, out_file, revision=revision, file=file, overwrite=overwrite)
     out.print(shown(f"{out_file}: {prefix.length} virtual tokens for {prefix.card.base}"))
@@ -121,7 +125,7 @@ def _card(
 def _evaluation(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected what evaluate --json prints ({error})") from None
     if not isinstance(facts, dict):
         raise DataError(f"{path}: expected what evaluate --json prints; got {type(facts).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -70,7 +71,7 @@ def train_many(
     ] = 32,
     save_dtype: t.SaveDtype = "bfloat16",
     report: Annotated[
-        Path | None, typer.Option(help="JSONL, a line a user; by default DIR.report.jsonl, beside the store.")
+        Path | None, t.to_write(help="JSONL, a line a user; by default DIR.report.jsonl, beside the store.")
     ] = None,
     dtype: t.Dtype = "auto",
     device: t.Device = None,
@@ -155,7 +156,7 @@ def train_many(
 def _beside(store: str) -> Path:
     if "://" in store:
         raise SettingsError(f"expected --report FILE, since the store {store} is no local folder")
-    folder = Path(store)
+    folder = Path(os.path.expanduser(store))
     return Path(f"{folder if folder.name not in ('', '..') else folder.resolve()}.report.jsonl")
 
 
@@ -269,7 +270,7 @@ def show(
     """Print the card of a prefix, and what versions of it there are."""
     opened = _open(store)
     prefix = opened.get(name, version)
-    versions = {one.sha256: one.time.isoformat(timespec="seconds") for one in reversed(opened.versions(name))}
+    versions = [{"sha256": one.sha256, "time": one.time.isoformat(timespec="seconds")} for one in opened.versions(name)]
     t.show_prefix(prefix, name, {"versions": versions}, as_json=as_json)
 
 
@@ -307,15 +308,14 @@ def rebuild(store: StoreName) -> None:
 def get(
     store: StoreName,
     name: PrefixName,
-    out_file: Annotated[Path, typer.Option("--out", help="The prefix file to write.")],
+    out_file: t.OutFile,
     version: Annotated[str | None, typer.Option(help="First digits of its hash; by default the newest.")] = None,
     overwrite: t.Overwrite = False,
 ) -> None:
     """Write a prefix of the store to a file."""
-    from foreword.checkpoint import check_out
     from foreword.prefix import Prefix, write_atomically
 
-    check_out(out_file, overwrite=overwrite)
+    t.check_new(out_file, overwrite=overwrite)
     opened = _open(store)
     found = opened.find(name, version)
     data = opened.read(found)

@@ -27,7 +27,7 @@ RecipeName = Annotated[
 def prepare(
     task: Annotated[str, typer.Argument(help=Task)],
     source: Annotated[str, typer.Argument(help="A file, a folder, or hub:NAME.")],
-    out_file: Annotated[Path, typer.Option("--out", help="JSONL to write.")],
+    out_file: Annotated[Path, t.to_write("--out", help="JSONL to write.")],
     split: Annotated[str | None, typer.Option(help="train, dev or test, where the source has several.")] = None,
     config: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
 ) -> None:
@@ -51,10 +51,11 @@ def score(
     if as_json:
         typer.echo(json.dumps(dict(scores.figures), indent=2))
     elif scores.figures:
-        table = Table("metric", "score", "signature", box=None)
+        table = Table("metric", "score", box=None)
         for name, value in scores.figures.items():
-            table.add_row(name, f"{value:.4f}", shown(scores.signatures.get(name, "")))
+            table.add_row(name, f"{value:.4f}")
         out.print(table)
+        _print_signatures(scores)
     if not scores.figures:
         raise typer.Exit(2)
 
@@ -71,7 +72,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="The first so many inputs; by default all.")] = None,
     metrics: Annotated[str | None, typer.Option(help="As for score; by default the task's own.")] = None,
     outputs: Annotated[
-        Path | None, typer.Option(help="JSONL that keeps the outputs; by default PREFIX.TASK.outputs.jsonl.")
+        Path | None, t.to_write(help="JSONL that keeps the outputs; by default PREFIX.TASK.outputs.jsonl.")
     ] = None,
     num_beams: Annotated[int, typer.Option(help="Beams; 1 for none.")] = 5,
     length_penalty: Annotated[float, typer.Option(help="Of beams; above 0 favours long texts.")] = 1.0,
@@ -106,7 +107,7 @@ def evaluate(
     chosen(metrics)
     examples = examples[:limit]
     outputs = outputs or prefix.with_name(f"{prefix.stem}.{task}.outputs.jsonl")
-    t.keep(outputs, prefix, Path(data) if Path(data).exists() else None)
+    t.keep(outputs, prefix, *tasks.files(task, data, split=split))
 
     def frozen() -> Base:
         return load_base(base, dtype=dtype, device=device)
@@ -166,8 +167,16 @@ def _print_groups(scores: Mapping[str, Scores], groups: Mapping[str, Sequence[in
             interval = "" if low_high is None else f" [{low_high[0]:.3f}, {low_high[1]:.3f}]"
             cells.append(shown(f"{one.figures[name]:.4f}{interval}"))
         table.add_row(shown(group), f"{len(groups[group]):,}", *cells)
+    wide = out.options.update(width=10_000)
+    for column in table.columns:
+        # no word is cut: on a narrow screen the table is wider than it
+        column.min_width = max(out.measure(cell, options=wide).minimum for cell in (column.header, *column.cells))
     out.print(table)
-    for name, signature in scores["all"].signatures.items():
+    _print_signatures(scores["all"])
+
+
+def _print_signatures(scores: Scores) -> None:
+    for name, signature in scores.signatures.items():
         out.print(shown(f"{name}: {signature}"))
 
 
@@ -199,8 +208,9 @@ def with_recipe(context: typer.Context, options: Mapping[str, Any]) -> dict[str,
     chosen = recipe(options["recipe"])
     table = chosen.generation if "num_beams" in options else chosen.options
     wanted = {option: value for option, value in table.items() if not given(option)}
-    if given("reparametrization") and options["reparametrization"] != "mlp":
+    if given("reparametrization") and options["reparametrization"] != table.get("reparametrization"):
         wanted.pop("hidden", None)
+        wanted.pop("lr", None)
     if given("init_text") or given("init_from"):
         wanted.pop("init", None)
     if given("init_from"):

@@ -58,7 +58,12 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    results = [result for one in evaluations for result in _results(one)]
+    try:
+        results = [result for one in evaluations for result in _results(one)]
+        told = [part for one in evaluations for part in _evaluation(one)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"expected what `foreword evaluate --json` prints; {lacks}") from None
     ids = [one for one in data if re.fullmatch(r"[\w.-]+/[\w.-]+|[a-z0-9_-]+", one)]
     metadata = ModelCardData(
         base_model=_hub_id(prefix.card.base),
@@ -85,9 +90,7 @@ def model_card(
     if prefix.card.metrics:
         figures = [(key, f"{value:.4g}") for key, value in sorted(prefix.card.metrics.items())]
         parts += ["Losses are means over the tokens of the outputs, in nats.", _table(("figure", "value"), figures)]
-    for one in evaluations:
-        parts += _evaluation(one)
-    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join([*parts, *told]) + "\n"))
 
 
 def _facts(prefix: Prefix, licence: str | None, data: Sequence[str]) -> list[tuple[str, str]]:
@@ -127,9 +130,10 @@ def _evaluation(facts: Mapping[str, Any]) -> list[str]:
             cells.append(f"{one['figures'][name]:.4f}" + ("" if low is None else f" [{low:.4f}, {high:.4f}]"))
         rows.append((group, str(one["rows"]), *cells))
     how = ", ".join(f"{key} {value}" for key, value in facts["generation"].items())
+    draws = facts["samples"]
     return [
         f"## Evaluation: {facts['task']}",
-        f"On {_code(facts['data'])}, {how}; 95% intervals of {facts['samples']} bootstrap samples.",
+        f"On {_code(facts['data'])}, {how}" + (f"; 95% intervals of {draws} bootstrap samples." if draws else "."),
         _table(("", "inputs", *names), rows),
         "\n".join(f"- {name}: {_code(signature)}" for name, signature in facts["signatures"].items()),
     ]
@@ -139,24 +143,21 @@ def _results(facts: Mapping[str, Any]) -> list[Any]:
     """The figures of an evaluation as the hub's EvalResults; those of groups are in the text alone."""
     from huggingface_hub import EvalResult
 
-    try:
-        task, data = facts["task"], Path(facts["data"]).name
-        return [
-            EvalResult(
-                task_type=_TASK_TYPES.get(task, "text-generation"),
-                task_name=task,
-                dataset_type=task,
-                dataset_name=data,
-                dataset_split=facts["split"],
-                metric_type=_METRIC_TYPES.get(name, name.lower()),
-                metric_name=name,
-                metric_value=round(value, 4),
-                metric_args={"signature": facts["signatures"][name]},
-            )
-            for name, value in facts["scores"]["all"]["figures"].items()
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"expected what `foreword evaluate --json` prints; it lacks {error}") from None
+    task, data = facts["task"], Path(facts["data"]).name
+    return [
+        EvalResult(
+            task_type=_TASK_TYPES.get(task, "text-generation"),
+            task_name=task,
+            dataset_type=task,
+            dataset_name=data,
+            dataset_split=facts["split"],
+            metric_type=_METRIC_TYPES.get(name, name.lower()),
+            metric_name=name,
+            metric_value=round(value, 4),
+            metric_args={"signature": facts["signatures"][name]},
+        )
+        for name, value in facts["scores"]["all"]["figures"].items()
+    ]
 
 
 def _hub_id(base: str) -> str | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from foreword.errors import SettingsError
 
@@ -27,6 +28,18 @@ err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 # options, as commands take them; their defaults stand with the commands
 
+
+def _home(path: Path | None) -> Path | None:
+    # pathlib's own fails where nobody is called so
+    return None if path is None else Path(os.path.expanduser(path))
+
+
+def to_write(*names: str, help: str) -> Any:
+    """An option for what is to be written. ~ is the home folder: a shell leaves it alone after an = sign."""
+    return typer.Option(*names, help=help, callback=_home)
+
+
+OutFile = Annotated[Path, to_write("--out", help="The prefix file to write.")]
 BaseName = Annotated[str, typer.Option("--base", help="Hub id, folder, .gguf file, or the built-in smollm2-135m.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: bfloat16 where the processor has it.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")]
@@ -94,6 +107,18 @@ def keep(written: Path, *read: Path | None) -> None:
             raise SettingsError(f"expected another file to write to than {path}, which would be lost")
 
 
+def check_new(written: Path, *, overwrite: bool) -> None:
+    """As `check_out`, for what is no training run and cannot go on with one."""
+    from foreword.checkpoint import check_out, checkpoint_of
+
+    checkpoint = checkpoint_of(written)
+    if checkpoint.exists() and not overwrite:
+        raise SettingsError(
+            f"{checkpoint} is of a training run that did not end and writes {written}: choose another name, or give --overwrite"
+        )
+    check_out(written, overwrite=overwrite)
+
+
 def shown(text: str) -> str:
     """Text that may be a stranger's, with nothing in it that the terminal or rich would act on."""
     return escape("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
@@ -126,12 +151,14 @@ def show_prefix(prefix: Prefix, title: str, facts: Mapping[str, Any], *, as_json
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
         return
-    table = Table(show_header=False, box=None, title=shown(title), title_justify="left")
+    out.print(f"[bold]{shown(title)}[/]")
+    width = max(map(len, facts))
     for name, value in facts.items():
-        lines = value if isinstance(value, dict) else {"": value}
-        text = "\n".join(
-            f"{key}: {item!r}" if key and isinstance(item, str) else f"{key}: {item}" if key else str(item)
-            for key, item in lines.items()
-        )
-        table.add_row(shown(name), shown(text))
-    out.print(table)
+        if isinstance(value, dict):
+            lines = [f"{key}: {item!r}" if isinstance(item, str) else f"{key}: {item}" for key, item in value.items()]
+        elif isinstance(value, list):
+            lines = ["  ".join(item.values()) for item in value]
+        else:
+            lines = [str(value)]
+        for label, line in zip_longest((name,), lines, fillvalue=""):
+            out.print(shown(f"{label:{width}}  {line}"))

@@ -10,12 +10,14 @@ from foreword.errors import SettingsError
 from foreword.prefix import write_atomically
 from foreword.tasks import dart, e2e, summarization, webnlg
 from foreword.tasks.records import Example, Report, training_rows
-from foreword.tasks.sources import Source
+from foreword.tasks.sources import Source, files_of
 
-__all__ = ["TASKS", "Example", "Report", "prepare", "read", "training_rows"]
+__all__ = ["TASKS", "Example", "Report", "files", "prepare", "read", "training_rows"]
 
 TASKS = {"dart": dart.read, "e2e": e2e.read, "summarization": summarization.read, "webnlg": webnlg.read}
 """The readers, by the task's name."""
+
+_FORMATS = {"dart": dart.FORMATS, "e2e": e2e.FORMATS, "summarization": summarization.FORMATS, "webnlg": webnlg.FORMATS}
 
 
 def read(
@@ -39,9 +41,23 @@ def read(
         SettingsError: an unknown task, or `split` or `config` where they mean nothing.
         MissingExtraError: a data set of the hub, without the package `datasets`.
     """
+    _check(task)
+    return TASKS[task](source, split=split, config=config)
+
+
+def files(task: str, source: Source, *, split: str | None = None) -> list[Path]:
+    """The files that `read` reads, over which nothing may be written; none of a data set of the hub.
+
+    Raises:
+        DataError, SettingsError: as `read` does, of the source as a whole.
+    """
+    _check(task)
+    return files_of(source, _FORMATS[task], split)
+
+
+def _check(task: str) -> None:
     if task not in TASKS:
         raise SettingsError(f"expected a task of {', '.join(TASKS)}; got {task!r}")
-    return TASKS[task](source, split=split, config=config)
 
 
 def prepare(
@@ -64,13 +80,13 @@ def prepare(
         What was kept and dropped.
 
     Raises:
-        ForewordError: as `read` does, and where `out` is a folder or the source itself.
+        ForewordError: as `read` does, and where `out` is a folder or one of the files read.
     """
     out = Path(out)
     if out.is_dir():
         raise SettingsError(f"expected a file to write to; {out} is a folder")
-    if out.exists() and Path(source).exists() and out.samefile(source):
-        raise SettingsError(f"expected another file to write to than the source, {out}, which would be lost")
+    if out.exists() and any(map(out.samefile, files(task, source, split=split))):
+        raise SettingsError(f"expected another file to write to than the source's {out}, which would be lost")
     examples, report = read(task, source, split=split, config=config)
     with write_atomically(out) as aside, aside.open("w", encoding="utf-8") as file:
         for example in examples:

@@ -12,17 +12,18 @@ from typing import Any
 
 from foreword.errors import DataError
 from foreword.tasks.records import Collector, Example, Report, records_field, text_field
-from foreword.tasks.sources import Source, at, json_rows, jsonl_rows, read_rows
+from foreword.tasks.sources import Formats, Source, at, json_rows, jsonl_rows, read_rows
 from foreword.tasks.webnlg import Triple, xml_rows
 
-__all__ = ["linearize", "read"]
+__all__ = ["FORMATS", "linearize", "read"]
+
+FORMATS: Formats = {".json": json_rows, ".xml": xml_rows, ".jsonl": jsonl_rows}
 
 
 def read(source: Source, *, split: str | None = None, config: str | None = None) -> tuple[list[Example], Report]:
     """Read DART data; see `foreword.tasks.read` for the arguments."""
     found = Collector()
-    formats = {".json": json_rows, ".xml": xml_rows, ".jsonl": jsonl_rows}
-    for row in read_rows(source, formats, split=split, config=config):
+    for row in read_rows(source, FORMATS, split=split, config=config):
         with at(row.where):
             if "input" in row.fields:
                 found.add_prepared(row.fields, id=row.id)

@@ -3,7 +3,7 @@
 Read from the challenge's CSV (columns `mr` and `ref`), from the lines of the paper's code
 (`name : X | Type : Y||text`), from rows as `prepare` writes them, or from the hub (columns
 `meaning_representation` and `human_reference`). The references of one meaning representation make one
-example.
+example. The challenge's folder holds its test set twice, without references and with them: rows without are left out.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from foreword.errors import DataError
 from foreword.tasks.records import Collector, Example, Report, text_field
-from foreword.tasks.sources import Row, Source, at, csv_rows, jsonl_rows, lines, read_rows
+from foreword.tasks.sources import Formats, Row, Source, at, csv_rows, jsonl_rows, lines, read_rows
 
-__all__ = ["linearize", "read"]
+__all__ = ["FORMATS", "linearize", "read"]
 
 NAMES = {"eatType": "Type", "familyFriendly": "family friendly", "priceRange": "price"}
 """The challenge's names of attributes, and those of the paper's files where they differ."""
@@ -27,11 +27,12 @@ ATTRIBUTE = re.compile(r"([^\[\],]+)\[([^\[\]]*)\]\s*(?:,|$)")
 def read(source: Source, *, split: str | None = None, config: str | None = None) -> tuple[list[Example], Report]:
     """Read E2E data; see `foreword.tasks.read` for the arguments."""
     found = Collector()
-    formats = {".csv": csv_rows, ".txt": _line_rows, ".jsonl": jsonl_rows}
-    for row in read_rows(source, formats, split=split, config=config):
+    for row in read_rows(source, FORMATS, split=split, config=config):
         with at(row.where):
             if "input" in row.fields:
                 found.add_prepared(row.fields, id=row.id)
+            elif Path(source).is_dir() and not row.fields.keys() & {"ref", "human_reference"}:
+                found.drop("row without a reference")
             else:
                 input = linearize(text_field(row.fields, "mr", "meaning_representation"))
                 reference = text_field(row.fields, "ref", "human_reference")
@@ -67,3 +68,6 @@ def _line_rows(path: Path) -> Iterator[Row]:
         if len(parts) != 2:
             raise DataError(f"{where}: expected 'attribute : value | ...||text', with one '||'; got {line[:100]!r}")
         yield Row(where, f"{path.stem}:{number}", {"input": parts[0], "output": parts[1]})
+
+
+FORMATS: Formats = {".csv": csv_rows, ".txt": _line_rows, ".jsonl": jsonl_rows}

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreword.errors import SettingsError
+from foreword.data import check_fits, frame
+from foreword.errors import SettingsError, TooLongError
 from foreword.prefix import Prefix, write_atomically
 from foreword.tasks import webnlg
 from foreword.tasks.records import Example
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_NEW_TOKENS", "METRICS", "groups_of", "outputs_of"]
 
 METRICS = {"dart": "webnlg,bertscore", "e2e": "e2e", "summarization": "rouge", "webnlg": "webnlg"}
-"""The metrics of each task. DART's are WebNLG's, whose scripts it took over, and BERTScore."""
+"""The metrics of each task. DART's are WebNLG's, where its own script differs a little (docs/tasks.md), and BERTScore."""
 
 MAX_NEW_TOKENS = 100
 """Most tokens of an output, unless another number is given: as the paper's code has it for every task here."""
@@ -98,8 +99,8 @@ def outputs_of(
         One output an example, in their order.
 
     Raises:
-        SettingsError: `settings` sample; or `file`, or `FILE.part`, is of other outputs.
-        ForewordError: as `foreword.generate`.
+        SettingsError: `settings` sample; or `file`, or `FILE.part`, is of other outputs, or something else.
+        ForewordError: as `foreword.generate`, and before anything is generated.
     """
     if settings.temperature > 0:
         raise SettingsError("expected temperature 0: outputs that are kept and gone on with cannot be sampled")
@@ -107,16 +108,20 @@ def outputs_of(
     part = file.with_name(file.name + ".part")
     run = _run(prefix, examples, settings, identity)
     for path in (file, part):
-        if not overwrite and any(row.get("run") != run for row in _rows(path)):
+        if path.exists() and not path.is_file():
+            raise SettingsError(f"expected a file for the outputs; {path} is a folder or a device: name another path")
+    whole, begun = _rows(file, run, "output"), _rows(part, run, "row", "output")
+    for path, rows in ((file, whole), (part, begun)):
+        if {} in rows and not overwrite:
             raise SettingsError(
                 f"{path} is of another evaluation (prefix, data or settings differ): name another file, or give --overwrite"
             )
-    done = [row["output"] for row in _rows(file) if row.get("run") == run]
+    done = [row["output"] for row in whole if row]
     if len(done) == len(examples):
         if on_rows is not None:
             on_rows(len(done))
         return done
-    texts = {row["row"]: row["output"] for row in _rows(part) if row.get("run") == run}
+    texts = {row["row"]: row["output"] for row in begun if row}
     if on_rows is not None:
         on_rows(len(texts))
     _generate(base, prefix, examples, settings, part, run, texts, on_rows)
@@ -149,6 +154,7 @@ def _generate(
     with write_atomically(part) as aside:
         aside.write_text("".join(_line(run, i, text) for i, text in texts.items()), encoding="utf-8")
     frozen = base()
+    _check_fit(frozen, prefix, [examples[i] for i in order])
     with part.open("a", encoding="utf-8") as file:
         step = CHUNK * settings.batch_size
         for start in range(0, len(order), step):
@@ -163,21 +169,41 @@ def _generate(
             file.flush()
 
 
+def _check_fit(base: Base, prefix: Prefix, examples: Sequence[Example]) -> None:
+    """Look at all before the first is generated: one that is too long would be found last, after hours perhaps."""
+    prefix.check(base)
+    for one in examples:
+        x = frame(base, {"input": one.input}, prefix.card.framing, f"the input {one.id!r}")
+        try:
+            check_fits(base, len(x), 1, prefix.length, one.id)
+        except TooLongError:
+            raise TooLongError(
+                f"the input {one.id!r}: expected one that fits the {base.context} positions of {base.name!r} with a prefix of "
+                f"{prefix.length}; got {len(x)} tokens: leave it out of the data, or shorten it"
+            ) from None
+
+
 def _line(run: str, row: int, output: str) -> str:
     return json.dumps({"run": run, "row": row, "output": output}, ensure_ascii=False) + "\n"
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of outputs; the half of a line at its end is left out."""
+def _rows(path: Path, run: str, *columns: str) -> list[dict[str, Any]]:
+    """The run's rows in a file of outputs, and an empty one for each line that is something else."""
     if not path.is_file():
         return []
+    *lines, last = path.read_bytes().split(b"\n")
+    start = json.dumps({"run": run})[:-1].encode()
+    # a kill may leave the half of one of the run's lines at the end, which is nothing to lose
+    if not start.startswith(last[: len(start)]):
+        lines.append(last)
     rows = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
-            break
-        rows.append(row if isinstance(row, dict) else {})
+        except (ValueError, RecursionError):
+            row = None
+        ours = isinstance(row, dict) and row.get("run") == run and row.keys() >= set(columns)
+        rows.append(row if ours else {})
     return rows
 
 

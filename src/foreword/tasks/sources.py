@@ -18,7 +18,19 @@ from xml.etree import ElementTree
 
 from foreword.errors import DataError, MissingExtraError, SettingsError
 
-__all__ = ["Row", "Source", "at", "csv_rows", "json_rows", "jsonl_rows", "lines", "read_rows", "xml_root"]
+__all__ = [
+    "Formats",
+    "Row",
+    "Source",
+    "at",
+    "csv_rows",
+    "files_of",
+    "json_rows",
+    "jsonl_rows",
+    "lines",
+    "read_rows",
+    "xml_root",
+]
 
 HUB = "hub:"
 
@@ -33,7 +45,8 @@ class Row(NamedTuple):
     fields: Mapping[str, Any]
 
 
-Format = Callable[[Path], Iterator[Row]]
+Formats = Mapping[str, Callable[[Path], Iterator[Row]]]
+"""How files are read, by suffix. A folder is read in the first format of which it holds files."""
 
 
 @contextmanager
@@ -45,12 +58,12 @@ def at(where: object) -> Iterator[None]:
         raise DataError(f"{where}: {error}") from None
 
 
-def read_rows(source: Source, formats: Mapping[str, Format], *, split: str | None, config: str | None) -> Iterator[Row]:
+def read_rows(source: Source, formats: Formats, *, split: str | None, config: str | None) -> Iterator[Row]:
     """Every row of a source.
 
     Args:
         source, split, config: as `foreword.tasks.read` takes them.
-        formats: how files are read, by suffix. A folder is read in the first format of which it holds files.
+        formats: see `Formats`.
 
     Raises:
         DataError: there is no such source, it cannot be read, or it holds several splits and none was named.
@@ -62,11 +75,15 @@ def read_rows(source: Source, formats: Mapping[str, Format], *, split: str | Non
         return
     if config is not None:
         raise SettingsError(f"config={config!r} is for data sets of the hub ({HUB}NAME); {source} is not one")
-    for path in _files(Path(source), formats, split):
+    for path in files_of(source, formats, split):
         yield from formats[path.suffix.lower()](path)
 
 
-def _files(source: Path, formats: Mapping[str, Format], split: str | None) -> list[Path]:
+def files_of(source: Source, formats: Formats, split: str | None) -> list[Path]:
+    """The files that `read_rows` reads; none of a data set of the hub."""
+    if str(source).startswith(HUB):
+        return []
+    source = Path(source)
     endings = " or ".join(formats)
     if source.is_file():
         if split is not None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from foreword.tasks.records import Collector, Example, Report, text_field
-from foreword.tasks.sources import Source, at, jsonl_rows, read_rows
+from foreword.tasks.sources import Formats, Source, at, jsonl_rows, read_rows
 
-__all__ = ["LENGTHS", "Lengths", "read"]
+__all__ = ["FORMATS", "LENGTHS", "Lengths", "read"]
+
+FORMATS: Formats = {".jsonl": jsonl_rows}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ has 1024 source tokens for the whole of XSUM and 512 for its news and sports."""
 def read(source: Source, *, split: str | None = None, config: str | None = None) -> tuple[list[Example], Report]:
     """Read documents and summaries; see `foreword.tasks.read` for the arguments."""
     found = Collector()
-    for row in read_rows(source, {".jsonl": jsonl_rows}, split=split, config=config):
+    for row in read_rows(source, FORMATS, split=split, config=config):
         fields = row.fields
         with at(row.where):
             found.add(

@@ -14,9 +14,9 @@ from typing import Any
 
 from foreword.errors import DataError
 from foreword.tasks.records import Collector, Example, Report, records_field, text_field
-from foreword.tasks.sources import Row, Source, at, jsonl_rows, read_rows, xml_root
+from foreword.tasks.sources import Formats, Row, Source, at, jsonl_rows, read_rows, xml_root
 
-__all__ = ["SEEN_CATEGORIES", "UNSEEN_CATEGORIES", "Triple", "is_seen", "linearize", "read", "xml_rows"]
+__all__ = ["FORMATS", "SEEN_CATEGORIES", "UNSEEN_CATEGORIES", "Triple", "is_seen", "linearize", "read", "xml_rows"]
 
 SEEN_CATEGORIES = (
     "Airport",
@@ -50,7 +50,7 @@ def read(source: Source, *, split: str | None = None, config: str | None = None)
     """Read WebNLG data; see `foreword.tasks.read` for the arguments."""
     found = Collector()
     entries = set()
-    for row in read_rows(source, {".xml": xml_rows, ".jsonl": jsonl_rows}, split=split, config=config):
+    for row in read_rows(source, FORMATS, split=split, config=config):
         with at(row.where):
             if "input" in row.fields:
                 found.add_prepared(row.fields, id=row.id)
@@ -94,6 +94,9 @@ def xml_rows(path: Path) -> Iterator[Row]:
         texts = [{"comment": lex.get("comment"), "text": "".join(lex.itertext())} for lex in entry.iterfind("lex")]
         fields = {"category": entry.get("category"), "tripleset": triples, "lex": texts}
         yield Row(where, f"{path.stem}:{id}", fields)
+
+
+FORMATS: Formats = {".xml": xml_rows, ".jsonl": jsonl_rows}
 
 
 def _triples(fields: Mapping[str, Any]) -> list[Triple]:
