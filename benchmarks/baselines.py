@@ -28,8 +28,11 @@ ARMS = {
     "full fine-tuning": ("full", None, Options()),
 }
 
-USUAL = {"rows": 500, "epochs": 3, "dev": 50, "test_inputs": 100, "base": "smollm2-135m", "dtype": "float32"}
-"""What makes a run; with other values the files are named after them."""
+USUAL = {
+    **{"rows": 500, "epochs": 3, "dev": 50, "test_inputs": 100, "base": "smollm2-135m", "dtype": "float32"},
+    "methods": None,
+}
+"""What makes a run or a part of the report; with other values the files are named after them."""
 
 
 def baselines(options: argparse.Namespace) -> Study:

@@ -6,7 +6,8 @@
 Each side gets three learning rates with seed 0; the one with the best corpus BLEU on 50 development meaning
 representations is run with two more seeds. If the best is at the grid's edge, the grid grows. Reported is corpus BLEU
 (sacrebleu, lowercased, all references, greedy) on 100 other held-out meaning representations, and a paired bootstrap
-between the best side of PEFT and ours. PEFT's sides train PEFT's own prompt encoder: its parameters, start and projection.
+over these, each with the outputs of all seeds, between the best side of PEFT and ours. The base is smollm2-135m in
+bfloat16. PEFT's sides train PEFT's own prompt encoder: its parameters, start and projection.
 To save hours, its keys and values enter the base through foreword's attention, whose logits are PEFT's to 1e-4
 (tests/test_interop_peft.py); each run first compares the two losses of a batch. The trained prefix is read from the file
 that PEFT writes, and generates as ours do.
@@ -34,7 +35,7 @@ import foreword
 from benchmarks.e2e_rows import Split, e2e_split
 from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
 from benchmarks.record import machine
-from benchmarks.runs import Runs, best_rate
+from benchmarks.runs import Runs, best_rate, named
 from foreword.attach import Stack, attach
 from foreword.bases import Base
 from foreword.data import batches, collate, rows_of
@@ -51,6 +52,7 @@ GRIDS = {
     "peft-direct": [5e-3, 1e-2, 2e-2],
     "foreword-direct": [2.5e-2, 5e-2, 1e-1],
 }
+USUAL_SIDES = ["foreword", "peft-projected", "peft-direct"]
 SEEDS = (0, 1, 2)
 EPOCHS, BATCH, LENGTH, WARMUP = 5, 16, 10, 0.1
 
@@ -144,8 +146,8 @@ class Quality(NamedTuple):
         return f"{self.side}-lr{self.lr:g}-seed{self.seed}"
 
 
-def run(base_name: str, dtype: str | None, split: Split, unit: Quality) -> dict[str, Any]:
-    base = foreword.load_base(base_name, dtype=dtype)
+def run(split: Split, unit: Quality) -> dict[str, Any]:
+    base = foreword.load_base("smollm2-135m", dtype="bfloat16")
     side, lr, seed = unit
     began = time.perf_counter()
     if side.startswith("peft"):
@@ -222,17 +224,17 @@ def table(console: Console, split: Split, sides: Sequence[str]) -> None:
     chosen_runs = {side: [r for r in done(side) if r["lr"] == best_lr(side)[0]] for side in sides}
     means = {side: sum(r["test_bleu"] for r in runs) / len(runs) for side, runs in chosen_runs.items()}
     rival = max((side for side in sides if side.startswith("peft")), key=means.__getitem__)
-    # every seed's outputs together: one corpus of three times as many segments
+    # every seed's outputs together
     ours = [t for r in chosen_runs["foreword"] for t in r["test_outputs"]]
     theirs = [t for r in chosen_runs[rival] for t in r["test_outputs"]]
-    references = [list(e.references) for e in split.test] * len(SEEDS)
-    compared = paired_bootstrap(references, theirs, ours)["BLEU"]
+    references = [list(e.references) for e in split.test]
+    compared = paired_bootstrap(references, theirs, ours, runs=len(SEEDS))["BLEU"]
     interval = [100 * end for end in compared.interval]
     summary = {
         "means": means, "rival": rival, "difference": means["foreword"] - means[rival],
         "interval": interval, "p_value": compared.p_value, "signature": compared.signature,
     }  # fmt: skip
-    RUNS.write("summary", summary)
+    RUNS.write(named("summary", {} if sides == USUAL_SIDES else {"sides": sides}), summary)
     low, high = interval
     console.print(
         f"foreword {means['foreword']:.2f}, {rival} {means[rival]:.2f}: difference {summary['difference']:+.2f}, 95% [{low:+.2f}, {high:+.2f}], p {compared.p_value:.3f}"
@@ -241,16 +243,12 @@ def table(console: Console, split: Split, sides: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--sides", nargs="+", choices=list(GRIDS), default=["foreword", "peft-projected", "peft-direct"]
-    )
+    parser.add_argument("--sides", nargs="+", choices=list(GRIDS), default=USUAL_SIDES)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     split = e2e_split()
     if not options.table:
-        RUNS.work(lambda: todo(options.sides), lambda unit: run(options.base, options.dtype, split, unit))
+        RUNS.work(lambda: todo(options.sides), lambda unit: run(split, unit))
     table(Console(), split, options.sides)
 
 

@@ -40,8 +40,8 @@ def report(study: Study, *, command: str) -> str:
     with write_atomically(RESULTS / f"{study.full_name}.md") as aside:
         aside.write_text(text, encoding="utf-8")
     write_json(RESULTS / f"{study.full_name}.json", facts)
-    if found:
-        plot(study, found)
+    if any(line.runs for line in found):
+        plot(study, [line for line in found if line.runs])
     return text
 
 
@@ -52,8 +52,10 @@ def facts_of(line: Line) -> dict[str, Any]:
         "rows": line.arm.rows,
         "epochs": line.arm.epochs,
         "learning_rate": line.lr,
+        "at_the_edge": line.edge,
         "parameters": line.parameters,
         "runs": len(line.runs),
+        "diverged": line.diverged,
         "train_seconds": [round(run["train_seconds"], 1) for run in line.runs],
         "values": line.values,
         "groups": {
@@ -90,15 +92,17 @@ def markdown(
             ]
             values = line.values
             spread = (
-                f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})" if group == "all" else "–"
+                f"{statistics.fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+                if values and group == "all"
+                else "–"
             )
             rows.append(
                 [
                     line.arm.name,
                     str(line.arm.rows),
                     f"{line.parameters:,}",
-                    f"{line.lr:g}",
-                    str(len(values)),
+                    f"{line.lr:g}{' (edge)' if line.edge else ''}",
+                    f"{len(values)}{f' ({line.diverged} diverged)' if line.diverged else ''}",
                     spread,
                     *cells,
                 ]
@@ -106,7 +110,13 @@ def markdown(
         parts += [f"## Test inputs: {group}" if len(found[0].scores) > 1 else "## Figures", table(header, rows)]
     missing = {name: why for line in found for name, why in line.scores["all"].missing.items()}
     parts += [f"{name} is missing: {why}" for name, why in missing.items()]
-    parts.append("In brackets: 95% bootstrap intervals over the outputs of all runs together.")
+    parts.append("In brackets: 95% bootstrap intervals over test inputs, each with the outputs of all its runs.")
+    if any(line.diverged for line in found):
+        parts.append("Runs that diverged have no outputs: all figures are of the others.")
+    if any(line.edge for line in found):
+        parts.append(
+            "(edge): of the learning rates tried this is the least or the greatest; a better one may lie beyond."
+        )
     if contrasts:
         rows = [
             [
@@ -114,12 +124,15 @@ def markdown(
                 one["group"],
                 str(one["runs"]),
                 f"{one['difference']:+.4f} [{one['interval'][0]:+.4f}, {one['interval'][1]:+.4f}]",
-                f"{one['p_value']:.3f}" if any(one["interval"]) else "–",  # outputs alike have no p
+                f"{one['p_value']:.3f}",
             ]
             for one in contrasts
         ]
         parts += ["## Differences", table(["", "inputs", "runs", f"{study.primary} [95%]", "p"], rows)]
-        parts.append("Paired bootstrap over outputs; it does not see the chance in samples and seeds.")
+        parts.append(
+            "Paired bootstrap over test inputs, each with the outputs of all its runs; p is two-sided. It does not see the "
+            "chance in samples and seeds."
+        )
     if study.expected:
         parts += ["What the paper lets us expect:", "\n".join(f"- {one}" for one in study.expected)]
     if study.published:
@@ -128,12 +141,13 @@ def markdown(
         parts += ["## The paper's figures (Li & Liang 2021)", table(["", *figures], rows)]
     if study.differs:
         parts.append(f"What differs: {study.differs}")
-    run = found[0].runs[0]
-    base = Path(study.base).name if Path(study.base).is_absolute() else study.base
-    parts.append(
-        f"Ours: base `{base}` in {run['dtype']}, {run['machine']['threads']} threads, torch {run['machine']['torch']}, "
-        f"batches of {study.batch_size} rows, {'greedy' if study.beams == 1 else f'beams {study.beams}'}."
-    )
+    run = next((run for line in found for run in line.runs), None)
+    if run is not None:
+        base = Path(study.base).name if Path(study.base).is_absolute() else study.base
+        parts.append(
+            f"Ours: base `{base}` in {run['dtype']}, {run['machine']['threads']} threads, torch {run['machine']['torch']}, "
+            f"batches of {study.batch_size} rows, {'greedy' if study.beams == 1 else f'beams {study.beams}'}."
+        )
     return "\n\n".join(parts) + "\n"
 
 

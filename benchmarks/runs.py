@@ -73,11 +73,18 @@ class Runs:
                 return
 
 
+def named(name: str, settings: Mapping[str, Any]) -> str:
+    """A file's or a folder's name that tells the flags that are not the usual ones."""
+    values = {flag: "-".join(map(str, v)) if isinstance(v, list) else v for flag, v in sorted(settings.items())}
+    changed = "".join(f"-{flag.replace('_', '-')}{value}" for flag, value in values.items())
+    return (name + changed).strip("/").replace("/", "_")
+
+
 def best_rate(scores: Mapping[float, float], grid: Sequence[float]) -> tuple[float | None, list[float]]:
     """The learning rate with the best development score; or None, and those that are to be tried next.
 
     Args:
-        scores: development score by learning rate, greater is better; a run that diverged has -inf.
+        scores: development score by learning rate, greater is better; a run that diverged has the least.
         grid: the first three.
     """
     missing = [lr for lr in grid if lr not in scores]

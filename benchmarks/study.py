@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import foreword
 from benchmarks.methods import GRIDS, METHODS, Options, fit
 from benchmarks.record import machine
-from benchmarks.runs import Runs, best_rate
+from benchmarks.runs import Runs, best_rate, named
 from foreword.data import rows_of
 from foreword.evaluate import Scores, paired_bootstrap, score, score_groups
 from foreword.generation import GenerateSettings
@@ -26,8 +26,8 @@ from foreword.prefix import Framing
 from foreword.tasks import Example
 
 RESULTS = Path(__file__).with_name("results")
-IN_A_SETUP = ("rows", "epochs", "length")
-"""Flags that are in the name of a run; those of the others are in the name of the runs' folder."""
+NOT_IN_A_FOLDER = ("rows", "epochs", "length", "sizes", "methods")
+"""Flags that are in the name of a run, or choose arms; the others are in the name of the runs' folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,23 +131,18 @@ class Study:
 
     @property
     def full_name(self) -> str:
-        return _named(self.name, self.settings)
+        return named(self.name, self.settings)
 
     @property
     def runs(self) -> Runs:
-        rest = {flag: value for flag, value in self.settings.items() if flag not in IN_A_SETUP}
-        return Runs(RESULTS / _named(self.shared or self.name, rest))
+        rest = {flag: value for flag, value in self.settings.items() if flag not in NOT_IN_A_FOLDER}
+        return Runs(RESULTS / named(self.shared or self.name, rest))
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
     def with_setup(self, setup: str) -> Arm:
         return next(arm for arm in self.arms if arm.setup == setup)
-
-
-def _named(name: str, settings: Mapping[str, Any]) -> str:
-    changed = "".join(f"-{flag.replace('_', '-')}{value}" for flag, value in sorted(settings.items()))
-    return (name + changed).strip("/").replace("/", "_")
 
 
 class Unit(NamedTuple):
@@ -167,20 +162,37 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text)
 
 
+def tried(study: Study, arm: Arm) -> dict[float, float]:
+    """Development scores by learning rate, of those that the arm's is chosen from."""
+    if arm.rate_of is not None:
+        return tried(study, study.arm(arm.rate_of))
+    return {r["lr"]: r["dev_score"] for r in study.runs.matching(f"{arm.setup}-lr*-sample0-seed0")}
+
+
 def rate(study: Study, arm: Arm) -> tuple[float | None, list[float]]:
     """The arm's learning rate, or None and those to try next."""
     if arm.rate_of is not None:
         return rate(study, study.arm(arm.rate_of))[0], []
-    first = study.runs.matching(f"{arm.setup}-lr*-sample0-seed0")
-    return best_rate({r["lr"]: r["dev_score"] for r in first}, GRIDS[arm.grid or arm.method])
+    return best_rate(tried(study, arm), GRIDS[arm.grid or arm.method])
+
+
+def check_one_base(study: Study, *fingerprints: str) -> None:
+    """An error where the runs, and those with these fingerprints, are not all of one base. Files of old do not tell theirs."""
+    told = {r["fingerprint"] for r in study.runs.matching("*") if "fingerprint" in r} | {*fingerprints}
+    if len(told) > 1:
+        found = ", ".join(sorted(one[:8] for one in told))
+        raise SystemExit(
+            f"expected runs of one base in {study.runs.folder.name}; got those with the fingerprints {found}: "
+            "go on with the base they were begun with, or move them away"
+        )
 
 
 def todo(study: Study) -> list[Unit]:
     """What can be run now: learning rates first, then a turn for each arm, so that what is unfinished is so evenly."""
     rates, rest = [], []
     for arm in study.arms:
-        best, tried = rate(study, arm)
-        rates += [Unit(arm.setup, lr, 0, 0) for lr in tried]
+        best, more = rate(study, arm)
+        rates += [Unit(arm.setup, lr, 0, 0) for lr in more]
         if best is not None:
             rest += [Unit(arm.setup, best, i, j) for i in range(study.samples) for j in range(study.seeds)]
     left = [unit for unit in rest if study.runs.get(unit.name) is None]
@@ -192,6 +204,8 @@ def run(study: Study, unit: Unit) -> dict[str, Any]:
     arm = study.with_setup(unit.setup)
     data = study.data(unit.sample, arm.rows)
     base = foreword.load_base(study.base, dtype=study.dtype, device=study.device)
+    fingerprint = base.fingerprint  # before fine-tuning changes it
+    check_one_base(study, fingerprint)
     options = dataclasses.replace(arm.options, seed=unit.seed)
     length = 0 if arm.method in ("full", "top2", "lora") else options.length
     rows = rows_of(base, data.train, study.framing, length=length, max_output_tokens=study.max_output_tokens)
@@ -201,6 +215,7 @@ def run(study: Study, unit: Unit) -> dict[str, Any]:
     result = {
         **unit._asdict(),
         **{"rows": len(rows), "epochs": arm.epochs, "parameters": learner.kept, "dtype": str(base.dtype)},
+        **{"fingerprint": fingerprint, "batch_size": study.batch_size, "machine": machine(base.device)},
         **{"train_seconds": fitted.seconds, "tokens": fitted.tokens, "diverged": diverged},
     }
     if diverged:
@@ -221,7 +236,6 @@ def run(study: Study, unit: Unit) -> dict[str, Any]:
         "dev_score": figure(study, data.dev, dev),
         "test_score": figure(study, data.test, test),
         "generate_seconds": time.perf_counter() - began,
-        "machine": machine(base.device),
         "test_outputs": test,
     }
     print(
@@ -240,16 +254,24 @@ def figure(study: Study, examples: Sequence[Example], outputs: Sequence[str]) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """What an arm came to."""
+    """What an arm came to.
+
+    Args:
+        lr: the learning rate that was chosen.
+        edge: it is at the edge of those tried.
+        parameters: numbers that a task keeps.
+        runs: those that did not diverge.
+        diverged: how many did.
+        scores: by group, of the runs' outputs together; without figures if all diverged.
+    """
 
     arm: Arm
     lr: float
+    edge: bool
+    parameters: int
     runs: Sequence[Mapping[str, Any]]
+    diverged: int
     scores: Mapping[str, Scores]
-
-    @property
-    def parameters(self) -> int:
-        return int(self.runs[0]["parameters"])
 
     @property
     def values(self) -> list[float]:
@@ -258,29 +280,40 @@ class Line:
 
 def lines(study: Study, *, samples: int = 1000) -> list[Line]:
     """The arms of which there are runs at the chosen learning rate, with figures of all those runs' outputs together."""
+    check_one_base(study)
     found = []
     for arm in study.arms:
         lr, _ = rate(study, arm)
         if lr is None:
             continue
-        runs = [
+        made = [
             result
             for i in range(study.samples)
             for j in range(study.seeds)
-            if (result := study.runs.get(Unit(arm.setup, lr, i, j).name)) is not None and not result["diverged"]
+            if (result := study.runs.get(Unit(arm.setup, lr, i, j).name)) is not None
         ]
-        if not runs:
+        if not made:
             continue
+        runs = [result for result in made if not result["diverged"]]
         data = study.data(0, arm.rows)
-        count = len(data.test)
-        references = [one.references for one in data.test] * len(runs)
-        outputs = [text for run in runs for text in run["test_outputs"]]
-        groups = {
-            name: [k * count + i for k in range(len(runs)) for i in places]
-            for name, places in {"all": range(count), **data.groups}.items()
-        }
-        scores = score_groups(references, outputs, groups, study.metrics, samples=samples)
-        found.append(Line(arm=arm, lr=lr, runs=runs, scores=scores))
+        groups = {"all": range(len(data.test)), **data.groups}
+        scores = {name: Scores(figures={}, signatures={}) for name in groups}
+        if runs:
+            references = [one.references for one in data.test]
+            outputs = [text for run in runs for text in run["test_outputs"]]
+            scores = score_groups(references, outputs, groups, study.metrics, runs=len(runs), samples=samples)
+        rates = tried(study, arm)
+        found.append(
+            Line(
+                arm=arm,
+                lr=lr,
+                edge=lr in (min(rates), max(rates)),
+                parameters=made[0]["parameters"],
+                runs=runs,
+                diverged=len(made) - len(runs),
+                scores=scores,
+            )
+        )
     return found
 
 
@@ -289,15 +322,18 @@ def compare(study: Study, found: Sequence[Line], *, samples: int = 1000) -> list
     by_name = {line.arm.name: line for line in found}
     compared = []
     for before, after in study.contrasts:
-        if before not in by_name or after not in by_name:
-            continue
-        runs = [{(r["sample"], r["seed"]): r for r in by_name[name].runs} for name in (before, after)]
+        runs = [
+            {(r["sample"], r["seed"]): r for r in by_name[name].runs} if name in by_name else {}
+            for name in (before, after)
+        ]
         shared = sorted(runs[0].keys() & runs[1].keys())
+        if not shared:
+            continue
         data = study.data(0, study.arm(before).rows)
         for group, places in {"all": range(len(data.test)), **data.groups}.items():
             texts = [[own[key]["test_outputs"][i] for key in shared for i in places] for own in runs]
-            references = [data.test[i].references for _ in shared for i in places]
-            result = paired_bootstrap(references, *texts, study.primary, samples=samples)
+            references = [data.test[i].references for i in places]
+            result = paired_bootstrap(references, *texts, study.primary, runs=len(shared), samples=samples)
             (one,) = result.values()
             compared.append(
                 {

@@ -180,14 +180,26 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("base", "rows", "batch", "length", "dtype", "device", "count", "seconds", "warm", "reparametrization")
+    return {name: getattr(options, name) for name in (*names, "rounds")}
+
+
+def is_of(result: Mapping[str, Any], options: argparse.Namespace) -> bool:
+    """Whether the result is what `compare` would measure here."""
+    here = machine(options.device)["device"]
+    same = result["settings"] == settings_of(options) and result["machine"]["device"] == here
+    return same and result["rounds"].keys() == set(options.sides)
+
+
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Run every side in turn, each in its own process; a side that dies, of memory, has no figures."""
-    names = ("base", "rows", "batch", "length", "dtype", "device", "count", "seconds", "warm", "reparametrization")
+    settings = settings_of(options)
     given = [
         part
-        for name in names
-        if getattr(options, name) is not None
-        for part in (f"--{name}", str(getattr(options, name)))
+        for name, value in settings.items()
+        if value is not None and name != "rounds"
+        for part in (f"--{name}", str(value))
     ]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     for _ in range(options.rounds):
@@ -200,7 +212,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(f"{side} failed:\n{ended.stderr[-2000:]}")
     return {
         "name": f"{options.rows} rows, batch {options.batch}, prefix {options.length}, {options.dtype}, {options.reparametrization}",
-        "settings": {name: getattr(options, name) for name in (*names, "rounds")},
+        "settings": settings,
+        "machine": machine(options.device),
         "median": {
             side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             for side, runs in found.items()
@@ -238,7 +251,7 @@ def lines_of(result: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    write_json(path, {"machine": machine(), "results": list(results)})
+    write_json(path, {"results": list(results)})
 
 
 if __name__ == "__main__":

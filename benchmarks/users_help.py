@@ -11,8 +11,8 @@ that have any. A house feature is one that at least 80% of a team's training row
 letter, the opening words (the most that agree), the last words, and the form of the end, " - ...", " -- ..." or
 "(...)". Intervals are 95%, from drawing teams with replacement.
 
-Every side is one JSON file, written when it is done; one of other settings, base or dtype is made anew. Within a side,
-`foreword.train` resumes from its checkpoint and `foreword.train_many` skips the teams that are in its store; both lie in
+Every side is one JSON file, written when it is done; one of other settings is made anew. Another base or dtype has a folder
+of its own, named after it. Within a side, `foreword.train` resumes from its checkpoint and `foreword.train_many` skips the teams that are in its store; both lie in
 --work.
 """
 
@@ -35,7 +35,8 @@ from rich.table import Table
 
 import foreword
 from benchmarks.e2e_rows import DATA
-from benchmarks.record import machine, write_json
+from benchmarks.record import machine
+from benchmarks.runs import Runs, named
 from foreword.attach import Stack, attach
 from foreword.bases import Base
 from foreword.data import rows_of
@@ -45,7 +46,9 @@ from foreword.many import UserFile, train_many
 from foreword.prefix import Framing, Prefix, write_atomically
 from foreword.store import Store
 
-RESULTS = Path(__file__).with_name("results") / "users_help"
+RESULTS = Path(__file__).with_name("results")
+USUAL = {"base": "smollm2-135m", "dtype": "float32"}
+"""With another base or dtype the folder of the results is named after it."""
 FRAMING = Framing(template="{input}\n\nOne-line summary:", max_input_tokens=40)
 AGREE = 0.8
 DRAWS = 10_000
@@ -201,17 +204,29 @@ def own_nothing(base: Base) -> Prefix:
     return trainable_prefix(base, length=1, reparametrization="direct").fold(card)
 
 
-def is_done(base: Base, name: str) -> bool:
-    path = RESULTS / f"{name}.json"
-    wanted = {"settings": as_json(name), "base": base.name, "dtype": str(base.dtype)}
-    return path.exists() and wanted.items() <= json.loads(path.read_text()).items()
+def facts_of(name: str) -> dict[str, Any]:
+    """What makes a side what it is; a result of anything else is not of this side."""
+    side = SIDES[name]
+    return {
+        "settings": None if side is None else asdict(settings_of(name)),
+        "start": asdict(settings_of("shared")) if side and side.warm else None,
+        "framing": asdict(FRAMING),
+    }
 
 
-def as_json(name: str) -> dict[str, Any] | None:
-    return None if SIDES[name] is None else asdict(settings_of(name))
+def agrees(told: Any, wanted: Any) -> bool:
+    """Whether what is told is as wanted; results of old do not tell all."""
+    if isinstance(told, Mapping) and isinstance(wanted, Mapping):
+        return all(agrees(value, wanted[key]) for key, value in told.items() if key in wanted)
+    return bool(told == wanted)
 
 
-def run(base: Base, work: Path, name: str) -> None:
+def done(runs: Runs, name: str) -> dict[str, Any] | None:
+    result = runs.get(name)
+    return result if result and agrees(result, facts_of(name)) else None
+
+
+def run(base: Base, work: Path, name: str) -> dict[str, Any]:
     side = SIDES[name]
     began = time.perf_counter()
     dev = team_rows("users-dev")
@@ -230,14 +245,12 @@ def run(base: Base, work: Path, name: str) -> None:
     outputs: dict[str, list[str]] = {}
     for (team, _), text in zip(flat, texts, strict=True):
         outputs.setdefault(team, []).append(first_line(text))
-    result = {
-        "side": name, "settings": as_json(name), "framing": asdict(FRAMING), "base": base.name,
-        "dtype": str(base.dtype), "machine": machine(base.device), "seconds": time.perf_counter() - began,
+    return {
+        "side": name, **facts_of(name), "base": base.name, "dtype": str(base.dtype), "machine": machine(base.device), "seconds": time.perf_counter() - began,
         "train_loss": {team: prefix.card.metrics["train_loss"] for team, prefix in prefixes.items() if prefix},
         "dev_loss": {team: dev_loss(base, prefix, dev[team]) for team, prefix in prefixes.items()},
         "outputs": outputs,
     }  # fmt: skip
-    write_json(RESULTS / f"{name}.json", result)
 
 
 # what came out
@@ -264,9 +277,8 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return float(np.mean(values)), float(low), float(high)
 
 
-def report(console: Console) -> None:
-    results = {name: json.loads(path.read_text()) for name in SIDES if (path := RESULTS / f"{name}.json").exists()}
-    found = {name: figures(result) for name, result in results.items()}
+def report(runs: Runs, console: Console) -> None:
+    found = {name: figures(result) for name in SIDES if (result := done(runs, name))}
     if not found:
         return
     teams = {kind: len(values) for kind, values in next(iter(found.values())).items()}
@@ -291,8 +303,8 @@ def report(console: Console) -> None:
         for team, rows in team_rows("users-train").items()
     }
     summary["house features"] = {team: names for team, names in features.items() if names}
-    write_json(RESULTS / "summary.json", summary)
-    plot(summary["means"], teams)
+    runs.write("summary", summary)
+    plot(runs.folder, summary["means"], teams)
 
 
 def _shown(mean: float, low: float, high: float, sign: str = "") -> str:
@@ -300,7 +312,7 @@ def _shown(mean: float, low: float, high: float, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
 
-def plot(means: Mapping[str, Mapping[str, tuple[float, float, float]]], teams: Mapping[str, int]) -> None:
+def plot(folder: Path, means: Mapping[str, Mapping[str, tuple[float, float, float]]], teams: Mapping[str, int]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -317,27 +329,29 @@ def plot(means: Mapping[str, Mapping[str, tuple[float, float, float]]], teams: M
     axes[0].set_yticks(range(len(means)), list(means))
     axes[0].invert_yaxis()
     figure.tight_layout()
-    figure.savefig(RESULTS / "users_help.svg", metadata={"Date": None})
+    figure.savefig(folder / "users_help.svg", metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--dtype", default="float32", help="of the base; sides of another one are made anew")
+    parser.add_argument("--base")
+    parser.add_argument("--dtype", help="of the base")
     parser.add_argument("--device")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--work", type=Path, default=Path("out/users_help"), help="prefixes and checkpoints")
     parser.add_argument("--table", action="store_true")
+    parser.set_defaults(**USUAL)
     options = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    changed = {flag: getattr(options, flag) for flag, usual in USUAL.items() if getattr(options, flag) != usual}
+    runs = Runs(RESULTS / named("users_help", changed))
     if not options.table:
-        work = options.work / options.dtype
+        work = options.work / named(options.dtype, {flag: value for flag, value in changed.items() if flag != "dtype"})
         work.mkdir(parents=True, exist_ok=True)
         base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
         for name in options.sides:
-            if not is_done(base, name):
-                run(base, work, name)
-    report(Console(width=160))
+            if done(runs, name) is None:
+                runs.write(name, run(base, work, name))
+    report(runs, Console(width=160))
 
 
 if __name__ == "__main__":

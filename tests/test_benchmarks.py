@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import tiny_model, tiny_tokenizer
 from transformers import BartConfig
 from transformers.utils import logging
@@ -18,16 +22,20 @@ import benchmarks.bart
 import benchmarks.report
 import benchmarks.study
 import foreword
+from benchmarks import e2e_quality, train_speed, train_vs_peft, users_help
 from benchmarks.bart import BOS, EOS, MASK, corrupt, pretrain
-from benchmarks.methods import METHODS, Options, fit
+from benchmarks.baselines import USUAL, baselines
+from benchmarks.e2e_rows import Split
+from benchmarks.methods import GRIDS, METHODS, Options, fit
 from benchmarks.paper.__main__ import options_of
 from benchmarks.paper.studies import STUDIES
 from benchmarks.report import report
 from benchmarks.runs import MOST_RATES, Runs, best_rate
-from benchmarks.study import Arm, Data, Study, Unit, sampled, todo
+from benchmarks.study import Arm, Data, Study, Unit, compare, lines, sampled, todo
 from foreword.attach import attach
 from foreword.bases import Base, load_base
 from foreword.data import rows_of
+from foreword.evaluate import paired_bootstrap
 from foreword.loss import mean_loss
 from foreword.prefix import Framing
 from foreword.tasks import Example
@@ -325,6 +333,91 @@ def test_a_study_goes_on_and_reports_what_is_missing(
     assert line["groups"]["seen"]["figures"].keys() == {"ROUGE-1", "ROUGE-2", "ROUGE-L", "TER"}
 
 
+def test_runs_that_diverged_and_rates_at_the_edge_are_said(folder: Path, results: Path) -> None:
+    study = tiny_study(folder, samples=1, seeds=3)
+    tuned, prefix, more = (arm.setup for arm in study.arms)
+
+    def write(setup: str, lr: float, seed: int, dev_score: float, diverged: bool = False) -> None:
+        unit = Unit(setup, lr, 0, seed)
+        result = {"parameters": 5, "dtype": "torch.float32", "train_seconds": 1.0, "dev_score": dev_score}
+        kept = {"test_score": 0.5, "test_outputs": ["7 is odd"] * 5, "machine": {"threads": 1, "torch": "2"}}
+        lost = {"test_score": 0.0, "test_outputs": None}
+        study.runs.write(unit.name, {**unit._asdict(), **result, "diverged": diverged, **(lost if diverged else kept)})
+
+    for i in range(MOST_RATES):  # the greatest is the best, always
+        write(tuned, 1e-4 * 2**i, 0, i / 10)
+    for seed in (1, 2):
+        write(tuned, 1e-4 * 2 ** (MOST_RATES - 1), seed, 0.0, diverged=True)
+    for lr, dev_score in ((2.5e-4, 0.1), (5e-4, 0.2), (1e-3, 0.1)):
+        write(prefix, lr, 0, dev_score)
+    for seed in (0, 1, 2):
+        write(more, 5e-4, seed, 0.0, diverged=True)
+    text = report(study, command="the command")
+    assert "| tuned 4 | 4 | 5 | 0.0128 (edge) | 1 (2 diverged) | 0.5000 (0.5000 to 0.5000) |" in text
+    assert "| prefix 4 | 4 | 5 | 0.0005 | 1 | 0.5000 (0.5000 to 0.5000) |" in text
+    assert "| prefix 5 | 5 | 5 | 0.0005 | 0 (3 diverged) | – | – |" in text
+    assert "Runs that diverged have no outputs: all figures are of the others." in text
+    assert "(edge): of the learning rates tried this is the least or the greatest" in text
+    facts = json.loads((results / "tiny.json").read_text("utf-8"))
+    assert [(line["runs"], line["diverged"], line["at_the_edge"]) for line in facts["lines"]] == [
+        (1, 2, True),
+        (1, 0, False),
+        (0, 3, False),
+    ]
+    (compared,) = [one for one in facts["contrasts"] if one["group"] == "all"]
+    assert (compared["difference"], compared["p_value"]) == (0, 1)
+    write(prefix, 5e-4, 0, 0.3, diverged=True)
+    write(prefix, 5e-4, 1, 0.0)
+    report(study, command="the command")
+    facts = json.loads((results / "tiny.json").read_text("utf-8"))
+    assert facts["contrasts"] == [], "of no run that both have"
+    for path in list(study.runs.folder.iterdir()):
+        result = json.loads(path.read_text("utf-8"))
+        study.runs.write(path.stem, {**result, "diverged": True, "test_outputs": None})
+    text = report(study, command="the command")
+    assert "| prefix 4 | 4 | 5 | 0.0005 | 0 (2 diverged) | – |" in text
+
+
+def test_more_runs_on_the_same_inputs_do_not_narrow_the_intervals(folder: Path, results: Path) -> None:
+    rows = {"parameters": 5, "dtype": "torch.float32", "train_seconds": 1.0, "diverged": False, "test_score": 0.5}
+    outputs = {"tuned 4": ["6 is even", "7", "8 is odd", "9 is odd", "even"], "prefix 4": ["6 is odd"] * 5}
+    found = []
+    for samples in (1, 3):
+        study = tiny_study(folder, samples=samples)
+        for name, texts in outputs.items():
+            setup = study.arm(name).setup
+            for i, lr in enumerate(GRIDS[study.arm(name).method]):
+                for sample in range(samples):
+                    unit = Unit(setup, lr, sample, 0)
+                    own = {**unit._asdict(), "dev_score": i % 2, "test_outputs": texts}
+                    study.runs.write(unit.name, {**rows, **own})
+        made = lines(study, samples=100)
+        assert [len(line.runs) for line in made] == [samples, samples]
+        scores = {f"{line.arm.name} {group}": one for line in made for group, one in line.scores.items()}
+        intervals = {f"{key} {name}": ends for key, one in scores.items() for name, ends in one.intervals.items()}
+        for one in compare(study, made, samples=100):
+            intervals[one["group"]] = (*one["interval"], one["p_value"])
+        found.append(intervals)
+    assert found[1] == {key: pytest.approx(ends) for key, ends in found[0].items()}
+
+
+def test_runs_of_several_bases_are_not_mixed(folder: Path, results: Path) -> None:
+    study = tiny_study(folder)
+    unit = todo(study)[0]._replace(lr=0.1)
+    study.runs.write("of old", {"dev_score": 0.0})  # without a fingerprint
+    result = benchmarks.study.run(study, unit)
+    # the base's, not that of what fine-tuning made of it
+    assert result["fingerprint"] == load_base(folder).fingerprint
+    assert result["batch_size"] == study.batch_size
+    study.runs.write(unit.name, {**result, "fingerprint": "another"})
+    message = "expected runs of one base in tiny; got those with the fingerprints .*another"
+    with pytest.raises(SystemExit, match=message):
+        benchmarks.study.run(study, todo(study)[0])
+    study.runs.write("another", {"fingerprint": result["fingerprint"]})
+    with pytest.raises(SystemExit, match=message):
+        report(study, command="the command")
+
+
 def test_what_another_study_has_run_is_not_run_again(folder: Path, results: Path) -> None:
     first, second = (tiny_study(folder, name=name, shared="both") for name in ("first", "second"))
     for unit in todo(first)[:3]:
@@ -347,9 +440,9 @@ def test_a_setup_is_told_by_all_that_makes_it() -> None:
 
 
 def test_what_is_not_in_a_runs_name_is_in_its_folders(folder: Path, results: Path) -> None:
-    study = tiny_study(folder, shared="data", settings={"rows": 7, "base": "/a/b"})
+    study = tiny_study(folder, shared="data", settings={"rows": 7, "base": "/a/b", "methods": ["lora", "full"]})
     assert study.runs.folder == results / "data-base_a_b"
-    assert study.full_name == "tiny-base_a_b-rows7"
+    assert study.full_name == "tiny-base_a_b-methodslora-full-rows7"
     assert tiny_study(folder, settings={"test_inputs": 7}).full_name == "tiny-test-inputs7"
 
 
@@ -388,8 +481,12 @@ def test_flags_of_the_paper() -> None:
     study = make(options_of(["webnlg", "--rows", "70", "--seeds", "3", "--test", "some/test"]))
     assert study.full_name == "webnlg-rows70-testsome_test"
     assert (study.seeds, study.arms[0].rows) == (3, 70)
-    few = STUDIES["e2e-lowdata"][0](options_of(["e2e-lowdata", "--sizes", "50", "500"]))
-    assert few.full_name == "e2e-lowdata"
+    make_low, _ = STUDIES["e2e-lowdata"]
+    few = make_low(options_of(["e2e-lowdata", "--sizes", "50", "500"]))
+    assert few.full_name == "e2e-lowdata-sizes50-500"  # a part does not replace the whole
+    assert few.runs.folder == make_low(options_of(["e2e-lowdata"])).runs.folder
+    lora = baselines(Namespace(**{**USUAL, "methods": ["lora"]}, seeds=2, device=None))
+    assert (lora.full_name, lora.runs.folder) == ("baselines-methodslora", few.runs.folder)
     assert [arm.name for arm in few.arms] == ["prefix 50", "prefix 500", "fine-tuning 50", "fine-tuning 500"]
     assert {arm.rate_of for arm in few.arms} == {None}  # each size has its own
     with pytest.raises(SystemExit):
@@ -409,6 +506,86 @@ def test_the_papers_rows_are_apart(name: str, data_folder: Path) -> None:
         trained = {row["input"] for row in first.train}
         assert not trained & {one.input for one in [*first.dev, *first.test]}
         assert not {one.input for one in first.dev} & {one.input for one in first.test}
+
+
+# benchmarks that are not studies
+
+
+def test_seeds_are_no_more_inputs_and_a_part_is_not_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(tmp_path)
+    monkeypatch.setattr(e2e_quality, "RUNS", runs)
+    sides = e2e_quality.USUAL_SIDES
+    test = [Example(str(i), (f"they say that item {i} is odd",), None, str(i)) for i in range(20)]
+    outputs = {
+        side: [f"they say that item {i if i % n else 0} is odd" for i in range(20)] for n, side in enumerate(sides, 2)
+    }
+    for side in sides:
+        for i, lr in enumerate(e2e_quality.GRIDS[side]):
+            for seed in (0, 1, 2):
+                own = {"side": side, "lr": lr, "seed": seed, "train_loss": 1.0, "test_outputs": outputs[side]}
+                runs.write(f"{side}-lr{lr:g}-seed{seed}", {**own, "dev_bleu": i % 2, "test_bleu": 10 - len(side)})
+    split = Split(train=[], dev=[], test=test)
+    e2e_quality.table(Console(quiet=True), split, sides)
+    summary = runs.get("summary")
+    alone = paired_bootstrap([one.references for one in test], outputs["peft-direct"], outputs["foreword"])["BLEU"]
+    assert summary is not None
+    assert summary["rival"] == "peft-direct"
+    assert summary["interval"] == pytest.approx([100 * end for end in alone.interval])
+    assert summary["p_value"] == pytest.approx(alone.p_value)
+    e2e_quality.table(Console(quiet=True), split, sides[:2])
+    assert runs.get("summary") == summary
+    assert runs.get("summary-sidesforeword-peft-projected")
+
+
+def test_a_row_of_train_speed_is_told_by_all_that_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, asked = tmp_path / "speed.json", []
+
+    def measure(command: list[str], **_: Any) -> Any:
+        asked.append(command)
+        figures = ("tokens_per_second", "rows_per_second", "peak_mib", "loaded_mib", "limit_tokens_per_second")
+        return SimpleNamespace(returncode=0, stdout=json.dumps(dict.fromkeys(figures, 1.0)))
+
+    def new(*flags: str) -> int:
+        asked.clear()
+        usual = ("--quick", "--device", "cpu", "--rounds", "1", "--json", str(file))
+        monkeypatch.setattr(sys, "argv", ["train_speed", *usual, *flags])
+        train_speed.main()
+        return len(asked)
+
+    monkeypatch.setattr(train_vs_peft.subprocess, "run", measure)
+    assert new() == 3
+    (result,) = json.loads(file.read_text())["results"]
+    # as files were once: one machine for all rows
+    machine = {**result.pop("machine"), "torch": "of old"}
+    file.write_text(json.dumps({"machine": machine, "results": [result]}))
+    assert new() == 0
+    assert new("--base", "another") == 3
+    assert new("--rounds", "2") == 6
+    grid = ("--rows", "e2e", "--batches", "16", "--lengths", "10", "--dtypes", "bfloat16")
+    monkeypatch.setattr(sys, "argv", ["train_speed", *grid, "--device", "cpu", "--rounds", "1", "--json", str(file)])
+    asked.clear()
+    train_speed.main()
+    assert len(asked) == 5, "a quick row is not one of the full grid"
+    results = json.loads(file.read_text())["results"]
+    assert [one["machine"]["torch"] for one in results] == ["of old", *[torch.__version__] * 3]
+
+
+def test_a_side_of_users_help_is_told_by_all_that_makes_it(tmp_path: Path) -> None:
+    runs = Runs(tmp_path)
+    facts = users_help.facts_of("own-warm")
+    for changed, is_done in (
+        ({}, True),
+        ({"start": None}, False),
+        ({"start": {**facts["start"], "epochs": 7}}, False),
+        ({"framing": {**facts["framing"], "max_input_tokens": 41}}, False),
+        ({"settings": {**facts["settings"], "lr": 1.0}}, False),
+    ):
+        runs.write("own-warm", {"side": "own-warm", **facts, **changed})
+        assert (users_help.done(runs, "own-warm") is not None) is is_done, changed
+    del facts["start"], facts["settings"]["infix"]  # as results of old
+    runs.write("own-warm", {"side": "own-warm", **facts})
+    assert users_help.done(runs, "own-warm") is not None
+    assert users_help.done(runs, "own") is None
 
 
 # the small BART

@@ -16,7 +16,7 @@ import torch
 from foreword import coco, metrics
 from foreword.coco import UnavailableError
 from foreword.errors import DataError, MissingExtraError, SettingsError
-from foreword.evaluate import paired_bootstrap, read_outputs, read_references, score, score_files
+from foreword.evaluate import paired_bootstrap, read_outputs, read_references, score, score_files, score_groups
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="no sacrebleu: pip install 'foreword[eval]'")
 
@@ -339,7 +339,9 @@ def test_the_paired_bootstrap_is_sacrebleus(name: str) -> None:
     (expected,) = (result[1] for key, result in results.items() if key != "System")
     found = paired_bootstrap(references, worse, better, name, samples=300)[name]
     assert found.system * scale == pytest.approx(expected.score)
-    assert found.p_value == pytest.approx(expected.p_value)
+    low, high = score(references, better, name, samples=300).intervals[name]
+    assert (high - low) / 2 * scale == pytest.approx(expected.ci, rel=0.02)
+    # not its p-value, which is of one side
     assert found.p_value < 0.05
     assert 0 < found.interval[0] < found.system - found.baseline < found.interval[1]
 
@@ -350,6 +352,44 @@ def test_the_paired_bootstrap_finds_nothing_where_there_is_nothing() -> None:
     found = paired_bootstrap(references, outputs, changed, "NIST", samples=100)["NIST"]
     assert found.p_value > 0.05
     assert found.interval[0] <= 0 <= found.interval[1]
+
+
+def test_the_p_value_is_of_both_sides() -> None:
+    references, outputs, other = corpus(30)
+    assert paired_bootstrap(references, outputs, outputs, samples=50)["BLEU"].p_value == 1
+    # Each is as far ahead on its half as the other is on the other half.
+    one, two = outputs + other, other + outputs
+    found = paired_bootstrap(references * 2, one, two, "BLEU", samples=200)["BLEU"]
+    assert found.p_value > 0.95
+
+
+def test_the_p_value_holds_its_level() -> None:
+    rng = np.random.default_rng(0)
+    references, texts = [["a b c d e f g h"]] * 40, [" ".join("abcdefgh"[:n]) for n in range(1, 9)]
+
+    def p_value() -> float:
+        pair = ([texts[n] for n in rng.integers(8, size=40)] for _ in range(2))
+        return paired_bootstrap(references, *pair, "ROUGE-L", samples=100)["ROUGE-L"].p_value
+
+    assert 0.02 < np.mean([p_value() < 0.05 for _ in range(300)]) < 0.08
+
+
+def test_runs_on_the_same_inputs_are_not_more_inputs() -> None:
+    references, outputs, other = corpus(17)
+    metrics, groups = "BLEU,NIST,chrF", {"all": range(17), "some": range(2, 15)}
+
+    def found(runs: int) -> dict[str, object]:
+        scores = score_groups(references, outputs * runs, groups, metrics, runs=runs, samples=50)
+        pairs = paired_bootstrap(references, outputs * runs, other * runs, metrics, runs=runs, samples=50)
+        return {
+            **{f"{group} {name}": ends for group, one in scores.items() for name, ends in one.intervals.items()},
+            **{name: (*one.interval, one.p_value) for name, one in pairs.items()},
+        }
+
+    assert found(3) == {name: pytest.approx(ends) for name, ends in found(1).items()}
+    both = score_groups(references, outputs + other, {"some": [1, 4]}, "BLEU", runs=2)["some"].figures
+    alone = score([references[i] for i in (1, 4, 1, 4)], [outputs[1], outputs[4], other[1], other[4]], "BLEU").figures
+    assert both == pytest.approx(alone)
 
 
 def test_samples_out_of_range() -> None:

@@ -5,7 +5,7 @@
     python -m benchmarks.paper e2e-lowdata --table
 
 Each goes on where it was stopped, one JSON file a finished run, and writes NAME.md, NAME.json and NAME.svg into
-benchmarks/results/, finished or not. Other sizes than the default have files named after them. Runs on the same data, such
+benchmarks/results/, finished or not. Other sizes than the default, or some of them, have files named after them. Runs on the same data, such
 as those of e2e-lowdata, ablations and benchmarks.baselines, lie in one folder, and what several need is run once.
 """
 
@@ -34,8 +34,8 @@ HELP = {
     "test": "the challenge's own test folder",
     "bart_minutes": "of pretraining the small BART, where it is not there yet",
 }
-SAME_RUNS = ("samples", "seeds", "sizes", "device")
-"""Flags that change which runs there are, but not a run; the others are in the names of what is written."""
+SAME_RUNS = ("samples", "seeds", "device")
+"""Flags that change how many runs there are, but not a run; the others are in the names of what is written."""
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Figures of outputs against references, with signatures and bootstrap intervals.
 
-The metrics are in `metrics`. A bootstrap draws outputs anew, with their references: as many as there are,
+The metrics are in `metrics`. A bootstrap draws inputs anew, with their references and outputs: as many as there are,
 with replacement.
 """
 
@@ -56,7 +56,7 @@ class Comparison:
         baseline: the figure of the baseline's outputs.
         system: the figure of the other system's outputs.
         interval: low and high end of the 95% interval of `system - baseline`.
-        p_value: how often chance alone gives a difference as large, counted as sacrebleu does.
+        p_value: how often chance alone gives a difference as large, of either sign.
         signature: program or library, version and settings.
     """
 
@@ -167,6 +167,7 @@ def score_groups(
     groups: Mapping[str, Sequence[int]],
     metrics: str | Sequence[str] = "e2e",
     *,
+    runs: int = 1,
     samples: int = 0,
     seed: int = SEED,
 ) -> dict[str, Scores]:
@@ -177,7 +178,9 @@ def score_groups(
 
     Args:
         references, hypotheses, metrics, samples, seed: as `score` takes them.
-        groups: by name, the places of the group's outputs among `hypotheses`; at least one each.
+        groups: by name, the places of the group's inputs among `references`; at least one each.
+        runs: whose outputs are in `hypotheses`, one run after the other, each in the order of `references`. They are
+            scored together, and an input that is drawn is so with the outputs of all runs: those are not independent.
 
     Returns:
         For each group what `score` gives.
@@ -186,10 +189,9 @@ def score_groups(
         DataError, SettingsError: as `score`.
     """
     measures = chosen(metrics)
-    texts = Texts(references, hypotheses)
-    counts = np.concatenate(
-        [_draws(len(texts.hypotheses), samples, seed, np.asarray(places)) for places in groups.values()]
-    )
+    texts = Texts([*references] * runs, hypotheses)
+    inputs = len(references)
+    counts = np.concatenate([_draws(inputs, runs, samples, seed, np.asarray(places)) for places in groups.values()])
     scores = {name: Scores(figures={}, signatures={}) for name in groups}
     for metric, measure in measures.items():
         try:
@@ -212,19 +214,22 @@ def paired_bootstrap(
     system: Sequence[str],
     metrics: str | Sequence[str] = "BLEU",
     *,
+    runs: int = 1,
     samples: int = 1000,
     seed: int = SEED,
 ) -> dict[str, Comparison]:
     """Two systems' outputs, compared on the same draws (Koehn 2004).
 
-    It is sacrebleu's test, with its draws and its p-value, but for every metric here; sacrebleu's takes its
-    own alone.
+    The draws are sacrebleu's. The p-value is two-sided, p = mean(|d_b - mean(d)| >= |d|) over the draws' differences
+    d_b, with the one that is seen, d, counted as a draw. sacrebleu centres |d_b| instead, which is a test of one side:
+    of systems that do not differ, it calls one in nine different at p < 0.05.
 
     Args:
-        references: for each output its references.
+        references: for each input its references.
         baseline: the outputs of one system.
         system: the outputs of the other.
         metrics: as for `score`.
+        runs: of each system, as for `score_groups`.
         samples: sets of outputs drawn, 1 or more.
         seed: of the draws.
 
@@ -237,36 +242,35 @@ def paired_bootstrap(
     measures = chosen(metrics)
     if samples < 1:
         raise SettingsError(f"samples is {samples}: expected 1 or more for a paired bootstrap, say 1000")
-    first, second = Texts(references, baseline), Texts(references, system)
-    outputs = len(first.hypotheses)
-    counts = _draws(outputs, samples, seed, np.arange(outputs))
+    first, second = (Texts([*references] * runs, outputs) for outputs in (baseline, system))
+    counts = _draws(len(references), runs, samples, seed, np.arange(len(references)))
     compared = {}
     for name, measure in measures.items():
         before, signature = measure(first, counts)
         after, _ = measure(second, counts)
         difference = after - before
-        apart = np.abs(difference[1:])
-        beyond = int((apart - apart.mean() > abs(difference[0])).sum())
+        drawn = difference[1:]
+        beyond = int((np.abs(drawn - drawn.mean()) >= abs(difference[0])).sum())
         compared[name] = Comparison(
             baseline=float(before[0]),
             system=float(after[0]),
-            interval=_interval(difference[1:]),
+            interval=_interval(drawn),
             p_value=(beyond + 1) / (samples + 1),
             signature=f"{signature}|bs:{samples}|seed:{seed}",
         )
     return compared
 
 
-def _draws(outputs: int, samples: int, seed: int, group: np.ndarray) -> np.ndarray:
-    """[samples + 1, outputs]: how often each output is there; first the group's once each, then in each draw of them."""
+def _draws(inputs: int, runs: int, samples: int, seed: int, group: np.ndarray) -> np.ndarray:
+    """[samples + 1, runs x inputs]: how often each output is there; first the group's once, then in each draw of them."""
     if samples < 0:
         raise SettingsError(f"samples is {samples}: expected 0 for no intervals, or more, say 1000")
-    counts = np.zeros((samples + 1, outputs))
+    counts = np.zeros((samples + 1, inputs))
     counts[0, group] = 1
     drawn = np.random.default_rng(seed).choice(len(group), size=(samples, len(group)), replace=True)
     for row, indices in zip(counts[1:], drawn, strict=True):
         row[group] = np.bincount(indices, minlength=len(group))
-    return counts
+    return np.tile(counts, runs)
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
