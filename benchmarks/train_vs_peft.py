@@ -187,9 +187,9 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def is_of(result: Mapping[str, Any], options: argparse.Namespace) -> bool:
     """Whether the result is what `compare` would measure here."""
-    here = machine(options.device)["device"]
-    same = result["settings"] == settings_of(options) and result["machine"]["device"] == here
-    return same and result["rounds"].keys() == set(options.sides)
+    here, there = machine(options.device), result["machine"] or {}
+    same = all(there.get(name) == here[name] for name in ("processor", "device", "threads"))
+    return same and result["settings"] == settings_of(options) and result["rounds"].keys() == set(options.sides)
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:

@@ -181,11 +181,11 @@ def test_the_same_weights_in_another_configuration_have_another_fingerprint(
     family: str, config: dict[str, Any], other: dict[str, Any]
 ) -> None:
     plain, changed = base_of(family, **config), base_of(family, **other)
-    for (name, one), (other_name, other) in zip(
+    for (name, one), (other_name, its) in zip(
         plain.model.named_parameters(), changed.model.named_parameters(), strict=True
     ):
         assert name == other_name
-        assert torch.equal(one, other)
+        assert torch.equal(one, its)
     assert plain.fingerprint != changed.fingerprint
 
 

@@ -568,6 +568,8 @@ def test_a_row_of_train_speed_is_told_by_all_that_makes_it(tmp_path: Path, monke
     assert len(asked) == 5, "a quick row is not one of the full grid"
     results = json.loads(file.read_text())["results"]
     assert [one["machine"]["torch"] for one in results] == ["of old", *[torch.__version__] * 3]
+    file.write_text(json.dumps({"machine": {**machine, "processor": "another"}, "results": [result]}))
+    assert new() == 3
 
 
 def test_a_side_of_users_help_is_told_by_all_that_makes_it(tmp_path: Path) -> None:

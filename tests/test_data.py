@@ -444,7 +444,7 @@ def test_the_longest_row_that_is_taken_fits(family: str) -> None:
     ):
         row(1)
     if family == "bart":
-        with refused(TooLongError, "got x of 4 and y of 132 tokens: shorten it, or set max_input_tokens"):
+        with refused(TooLongError, "got x of 4 and y of 132 tokens: shorten it, or train with max_input_tokens"):
             rows_of(base, [{"input": "a", "output": "b" * 130}], Framing())
 
 

@@ -841,6 +841,7 @@ def test_of_many_errors_few_are_looked_for(more: dict[str, Any]) -> None:
 def test_what_cannot_fit_is_not_tokenized(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A megabyte takes a tokenizer a second, and hundreds of megabytes."""
     world.put("told", template="{name}: {input}")
+    world.put("cutting", template="{messages}{input}\n", max_input_tokens=20)
     longest = max(map(len, world.base.tokenizer.get_vocab()))
     with world.http() as client:
         assert world.complete(client, prompt="x" * (131 * longest)).status_code == 400
@@ -854,6 +855,15 @@ def test_what_cannot_fit_is_not_tokenized(world: World, monkeypatch: pytest.Monk
             answer = client.post(path, json={"model": BASE, **body})
             assert (answer.status_code, error_of(answer)["code"]) == (400, "context_length_exceeded")
             assert error_of(answer)["message"].startswith(f"expected at most {131 * longest} characters")
+        monkeypatch.undo()
+        # what the framing cuts, or does not use, does not count; and columns may be called what they like
+        for body in (
+            {"model": "cutting", "prompt": "x" * 3000, "record": {"messages": "ab"}},
+            {"model": "told", "prompt": "x", "record": {"name": "y", "unused": "y" * 3000, "messages": 5}},
+        ):
+            answer = world.complete(client, **body)
+            assert answer.status_code == 200, answer.text
+        assert len(world.engine.requests[-2].tokens) == 20
 
 
 def test_an_engine_that_leaves_a_text_without_an_end(tmp_path: Path) -> None:

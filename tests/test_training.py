@@ -899,6 +899,12 @@ def test_mixed_precision_computes_in_bfloat16() -> None:
     assert rounded == pytest.approx(exact, rel=0.03)
 
 
+def test_several_processes_need_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="expected an accelerator in one of several processes: give accelerator="):
+        train(cached_base(), ROWS, settings=settings_of())
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_what_others_have_set_up_changes_nothing() -> None:
     """As transformers' Trainer does with bf16; and what we set up does not bind them."""
@@ -936,7 +942,8 @@ def one_of_two(folder: Path, end: str) -> None:
         if end == "killed":
             patch.setattr(Prefix, "save", lambda *_: 1 / 0)
         if not accelerator.is_main_process and end == "late":
-            time.sleep(2)
+            # long enough for the other to end, if it did not wait
+            time.sleep(5)
         # three batches an epoch, of which the second step has one
         with pytest.raises(ZeroDivisionError) if end == "killed" and accelerator.is_main_process else nullcontext():
             train_with(accelerator, folder, batch_size=3, resume=end == "late")

@@ -134,8 +134,9 @@ def test_the_devices_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     store = Store(tmp_path / "store", create=True)
     name = save_base(tmp_path / "base")
-    assert choose_engine("vllm", name, store, device="cpu", cache_bytes=1 << 26)[1].name == "vllm"
-    assert choose_engine("auto", name, store, device="cpu:0")[1].name == "local"
+    for device in ("cpu", "cpu:0"):
+        assert choose_engine("vllm", name, store, device=device, cache_bytes=1 << 26)[1].name == "vllm"
+    assert choose_engine("auto", name, store, device="cuda")[1].name == "local"
     with pytest.raises(SettingsError, match="expected the device 'cpu', which vLLM is for here; got 'cuda:1': set"):
         choose_engine("vllm", name, store, device="cuda:1")
     # where vLLM was built for another device, that one's dtype counts, and not the processor's

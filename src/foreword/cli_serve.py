@@ -39,7 +39,9 @@ def serve(
         str | None, typer.Option(help="What requests call the base; by default its name, without folders.")
     ] = None,
     max_texts: Annotated[int, typer.Option(min=1, help="Texts under way at once; more are told to come back.")] = 256,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request, waiting included.")] = 600.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for one request, waiting and reading included.")
+    ] = 600.0,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for texts to end when the server is stopped.")] = 30.0,
     max_upload: Annotated[int, typer.Option(min=1, help="Largest prefix file that is taken, in MiB.")] = 256,
     prefix_memory: Annotated[int, typer.Option(min=1, help="Memory of the prefixes, in MiB.")] = 1024,

@@ -376,7 +376,7 @@ def check_fits(base: Base, x: int, y: int, length: int, where: str) -> None:
         what = f"x of {x} and y of {y} tokens" + ("" if base.is_encoder_decoder else f" after {length} virtual tokens")
         raise TooLongError(
             f"{where}: expected at most {base.context} positions, the context of {base.name!r}; got {what}: shorten it, or "
-            "set max_input_tokens"
+            "train with max_input_tokens"
         )
 
 

@@ -117,12 +117,16 @@ def train(
 
     Raises:
         DataError: records that cannot be used. TooLongError: one does not fit the base's context.
-        SettingsError: settings that exclude each other.
+        SettingsError: settings that exclude each other, or no accelerator in one of a launcher's processes.
         TrainingError: the loss is not finite; `out` cannot be written, or is there already; or its checkpoint belongs to
             another run.
     """
     settings = settings or TrainSettings()
     framing = framing or Framing()
+    if accelerator is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SettingsError(
+            "expected an accelerator in one of several processes: give accelerator=accelerate.Accelerator()"
+        )
     accelerator = accelerator or _Alone()
     if settings.infix and (out is not None or base.is_encoder_decoder):
         raise SettingsError("infix is an ablation for decoder-only bases, and has no file format: leave `out` away")

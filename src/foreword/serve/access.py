@@ -172,7 +172,8 @@ class KeyFile:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         with self._changing() as keys:
             taken = {key.id for key in keys}
-            id = next(id for id in iter(lambda: secrets.token_hex(4), None) if id not in taken)
+            while (id := secrets.token_hex(4)) in taken:
+                pass
             text = f"fw-{id}-{secrets.token_urlsafe(32)}"
             key = Key(id=id, sha256=hashlib.sha256(text.encode()).hexdigest(), created=created, **what)
             keys.append(key)
@@ -202,7 +203,7 @@ class KeyFile:
                     # or the server that reads it may be locked out by whoever changes it
                     status = self.path.stat()
                     aside.chmod(status.st_mode & 0o777)
-                    with suppress(PermissionError):
+                    with suppress(OSError):
                         os.chown(aside, status.st_uid, status.st_gid)
                 aside.write_text(json.dumps(raw, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
             with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
@@ -17,7 +18,7 @@ from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request as HttpRequest
 
-from foreword.data import frame
+from foreword.data import fields_of, frame
 from foreword.errors import DataError, StoreError, TooLongError
 from foreword.prefix import Framing
 from foreword.serve.access import OPEN, Key, KeyFile
@@ -47,7 +48,7 @@ class Settings:
 
     Args:
         max_texts: texts under way at once, running and waiting; more are told to come back later.
-        timeout: seconds for one request, waiting included.
+        timeout: seconds for one request, waiting included; a stream is to be read within five more.
         grace: seconds for the texts under way to end when the server is stopped.
         max_upload: bytes of an uploaded prefix file.
     """
@@ -97,7 +98,7 @@ class Service:
         settings: Settings,
     ):
         # where its files lie is nobody's business
-        path = Path(base.name).expanduser()
+        path = Path(os.path.expanduser(base.name))
         self.base_name = base_name or (path.resolve().name if path.exists() else base.name)
         self.base, self.store, self.engine, self.keys, self.settings = base, store, engine, keys, settings
         self.catalog = Catalog(store, engine)
@@ -128,8 +129,8 @@ class Service:
         log.info("starting the engine %s", self.engine.name)
         try:
             await self.engine.start()
-            # computed once, over the whole base
-            await asyncio.to_thread(lambda: self.base.fingerprint)
+            # computed once, over the whole base and its vocabulary
+            await asyncio.to_thread(lambda: (self.base.fingerprint, self._longest_token))
         except Exception as error:
             if self._state == "starting":
                 self.failure = error
@@ -224,20 +225,33 @@ class Service:
 
     async def framed(self, entry: Entry | None, record: Mapping[str, Any], framing: Framing) -> list[int]:
         """The token ids of x. Raises what `foreword.data.frame` does, and `TooLongError`."""
-        self._must_be_short(record)
-        tokens = await asyncio.to_thread(frame, self.base, record, framing, "the request")
+        tokens = await asyncio.to_thread(frame, self.base, self._bounded(record, framing), framing, "the request")
         self.engine.room(len(tokens), 0 if entry is None else entry.length)
         return tokens
 
-    def _must_be_short(self, record: Mapping[str, Any]) -> None:
-        """Tokenizing takes a second and hundreds of MB for each MB, so what cannot fit is refused before it."""
+    def _bounded(self, record: Mapping[str, Any], framing: Framing) -> Mapping[str, Any]:
+        """The record without what could never be used of it: tokenizing a megabyte takes a second and hundreds of MB.
+
+        Raises `TooLongError` where it cannot fit, and the framing does not cut it.
+        """
         context = self.engine.context
         if context is None:
-            return
-        texts = [message["content"] for message in record["messages"]] if "messages" in record else record.values()
-        count, most = sum(len(text) for text in texts if isinstance(text, str)), context * self._longest_token
-        if count > most:
+            return record
+        most = context * self._longest_token
+        if framing.chat:
+            messages = record.get("messages") or [{"role": "user", "content": record["input"]}]
+            count = sum(len(one["content"]) for one in messages)
+            cut = {"messages": [{**one, "content": one["content"][:most]} for one in messages]}
+        else:
+            named = (name for _, name in fields_of(framing.template) if name is not None)
+            texts = {name: record[name] for name in named if isinstance(record.get(name), str)}
+            count = sum(map(len, texts.values()))
+            cut = {**record, **{name: text[:most] for name, text in texts.items()}}
+        if count <= most:
+            return record
+        if framing.max_input_tokens is None:
             raise TooLongError(f"expected at most {most} characters, as many as {context} tokens may have; got {count}")
+        return cut
 
     @functools.cached_property
     def _longest_token(self) -> int:

@@ -60,10 +60,11 @@ def base_for_vllm(name: str, *, dtype: torch.dtype | str | None = None, device: 
     """
     from vllm.platforms import current_platform
 
-    if device not in (None, current_platform.device_type):
+    kind = current_platform.device_type
+    if device not in (None, kind, f"{kind}:0"):
         raise SettingsError(
-            f"expected the device {current_platform.device_type!r}, which vLLM is for here; got {device!r}: set "
-            "CUDA_VISIBLE_DEVICES to choose among several, or use the local engine"
+            f"expected the device {kind!r}, which vLLM is for here; got {device!r}: set CUDA_VISIBLE_DEVICES to choose among "
+            "several, or use the local engine"
         )
     if dtype in (None, "auto") and not current_platform.is_cpu():
         dtype = current_platform.supported_dtypes[0]

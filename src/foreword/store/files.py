@@ -58,7 +58,9 @@ class Files:
         try:
             self.filesystem.pipe_file(path, data)
         except FileNotFoundError:
-            # a server of files has folders to make; what is above the root may be a bucket, and is never made
+            # a server of files has folders to make; a bucket, which has no slash in its name, is never made
+            if "/" not in self.root:
+                raise
             with suppress(FileExistsError):
                 self.filesystem.mkdir(self.root, create_parents=False)
             self.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)

@@ -14,10 +14,8 @@ from foreword.tasks.sources import Source, files_of
 
 __all__ = ["TASKS", "Example", "Report", "files", "prepare", "read", "training_rows"]
 
-TASKS = {"dart": dart.read, "e2e": e2e.read, "summarization": summarization.read, "webnlg": webnlg.read}
+TASKS = {"dart": dart, "e2e": e2e, "summarization": summarization, "webnlg": webnlg}
 """The readers, by the task's name."""
-
-_FORMATS = {"dart": dart.FORMATS, "e2e": e2e.FORMATS, "summarization": summarization.FORMATS, "webnlg": webnlg.FORMATS}
 
 
 def read(
@@ -42,7 +40,7 @@ def read(
         MissingExtraError: a data set of the hub, without the package `datasets`.
     """
     _check(task)
-    return TASKS[task](source, split=split, config=config)
+    return TASKS[task].read(source, split=split, config=config)
 
 
 def files(task: str, source: Source, *, split: str | None = None) -> list[Path]:
@@ -52,7 +50,7 @@ def files(task: str, source: Source, *, split: str | None = None) -> list[Path]:
         DataError, SettingsError: as `read` does, of the source as a whole.
     """
     _check(task)
-    return files_of(source, _FORMATS[task], split)
+    return files_of(source, TASKS[task].FORMATS, split)
 
 
 def _check(task: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreword.data import check_fits, frame
-from foreword.errors import SettingsError, TooLongError
+from foreword.errors import SettingsError
 from foreword.prefix import Prefix, write_atomically
 from foreword.tasks import webnlg
 from foreword.tasks.records import Example
@@ -173,14 +173,8 @@ def _check_fit(base: Base, prefix: Prefix, examples: Sequence[Example]) -> None:
     """Look at all before the first is generated: one that is too long would be found last, after hours perhaps."""
     prefix.check(base)
     for one in examples:
-        x = frame(base, {"input": one.input}, prefix.card.framing, f"the input {one.id!r}")
-        try:
-            check_fits(base, len(x), 1, prefix.length, one.id)
-        except TooLongError:
-            raise TooLongError(
-                f"the input {one.id!r}: expected one that fits the {base.context} positions of {base.name!r} with a prefix of "
-                f"{prefix.length}; got {len(x)} tokens: leave it out of the data, or shorten it"
-            ) from None
+        where = f"the input {one.id!r}"
+        check_fits(base, len(frame(base, {"input": one.input}, prefix.card.framing, where)), 1, prefix.length, where)
 
 
 def _line(run: str, row: int, output: str) -> str:
