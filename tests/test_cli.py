@@ -495,6 +495,7 @@ BEFORE = {
     "out: there": ([*TRAIN, "--data", "rows.jsonl", "--out", "old.safetensors"], "old.safetensors is there already: .* --overwrite"),
     "out: a folder": ([*TRAIN, "--data", "rows.jsonl", "--out", "folder"], "expected a file name for the prefix; folder is a folder"),
     "out: below a file": ([*TRAIN, "--data", "rows.jsonl", "--out", "old.safetensors/p"], "expected a folder to write to; old.safetensors is none"),
+    "out: here": ([*TRAIN, "--data", "rows.jsonl", "--out", "."], "expected a file name for the prefix; . is a folder"),
     "out: a device": ([*TRAIN, "--data", "rows.jsonl", "--out", "/dev/full"], "/dev/full is a folder or a device"),
     "out: the data": ([*TRAIN, "--data", "rows.jsonl", "--out", "rows.jsonl", "--overwrite"], "expected another file to write to than rows.jsonl"),
     "out: of a killed run": ([*TRAIN, "--data", "rows.jsonl", "--out", "left.safetensors"], "is of a run that did not end: give --resume"),
@@ -616,6 +617,22 @@ def test_a_full_disk(run: Run, base: Path, data: Path, tmp_path: Path, command: 
 
 
 # runs that end early
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    ids=repr,
+)  # fmt: skip
+def test_too_little_memory(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def raising(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("foreword.cli.app", raising)
+    refused(run("train"), "the memory does not suffice: take smaller batches")
+    error = NotImplementedError("a mistake of ours")
+    with pytest.raises(NotImplementedError):
+        run("train")
 
 
 def test_interrupted(run: Run, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,7 +266,7 @@ def test_the_store(run: Run, prefix: Path, tmp_path: Path) -> None:
     assert lines[place + 1 : place + 3] == [[second, times[1]], [first, times[2]]]
 
     ran = run("store", "rm", "S", "Zoë", "a/../b")
-    assert ran.out == "Zoë: 3 versions deleted\na/../b: 1 versions deleted\n"
+    assert ran.out == "Zoë: 3 versions deleted\na/../b: 1 version deleted\n"
     assert run("store", "rm", "S", "Zoë").err.startswith("error: no prefix named 'Zoë'")
     assert run("store", "get", "S", "Zoë", "--out", "y").code == 2
     assert run("store", "rebuild", "S").out == "S: 1 names\n"
@@ -306,6 +306,12 @@ def test_generate_with_the_prefixes_of_a_store(
     jsonl(tmp_path / "rows.jsonl", [{"input": "x", "prefix": "nobody"}])
     ran = run(*arguments, "--output", "q.jsonl", "--store", "S")
     assert (ran.code, ran.err.startswith("error: no prefix named 'nobody' in S")) == (2, True)
+    # train-many's column, say: the bare base would answer for everybody
+    jsonl(tmp_path / "rows.jsonl", [{"input": "x", "user": "a/b"}])
+    ran = run(*arguments, "--output", "q.jsonl", "--store", "S")
+    message = "error: rows.jsonl: expected a column 'prefix' that names a prefix of the store S; no row has one\n"
+    assert (ran.code, ran.err) == (2, message)
+    assert not (tmp_path / "q.jsonl").exists()
 
 
 @pytest.mark.slow

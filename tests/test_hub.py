@@ -165,7 +165,7 @@ def test_an_evaluation_that_is_something_else(evaluation: dict[str, Any], messag
 
 def test_an_evaluation_without_a_bootstrap() -> None:
     text = model_card(told(), name="voice", evaluations=[{**EVALUATION, "samples": 0}])
-    assert "\nOn `some/where/devset.csv`, num_beams 5, length_penalty 1.0, max_new_tokens 100.\n" in text
+    assert "\nOn `devset.csv`, num_beams 5, length_penalty 1.0, max_new_tokens 100.\n" in text
 
 
 # there and back

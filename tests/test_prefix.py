@@ -546,6 +546,12 @@ def test_a_write_that_fails_leaves_the_old_file(error: BaseException, tmp_path: 
         assert path.read_text() == "new"
         assert reader.read() == "old", "whoever has it open reads on"
     assert list(tmp_path.iterdir()) == [path]
+    link = tmp_path / "link"
+    link.symlink_to("file")
+    with write_atomically(link) as aside:
+        aside.write_text("newer")
+    assert link.is_symlink()
+    assert path.read_text() == "newer"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -85,6 +86,7 @@ def test_keys(run: Run, tmp_path: Path) -> None:
         (["serve", "--base", "none", "--prefixes", "nowhere"], "expected a store at nowhere; there is none"),
         (["serve", "--base", "./none.gguf", "--prefixes", "S"], "no model at './none.gguf'"),
         (["serve", "--base", "none", "--prefixes", "S", "--engine", "x"], "expected an engine of auto, local, vllm; got 'x'"),
+        (["serve", "--base", "none", "--prefixes", "S", "--engine", "local", "--vllm-options", '{"a": 1}'], "vLLM's options mean nothing to the engine local"),
         (["serve", "--base", "none", "--prefixes", "S", "--vllm-options", "[1]"], "expected --vllm-options as a JSON object; got '[1]'"),
     ],
     ids=str,
@@ -100,6 +102,15 @@ def test_bad_input_is_one_line(
     assert ran.code == 2
     assert ran.err.startswith(f"error: {message}")
     assert ran.err.count("\n") == 1
+
+
+def test_a_port_that_is_in_use(run: Run, tmp_path: Path) -> None:
+    Store(tmp_path / "S", create=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = run("serve", "--base", "none", "--prefixes", "S", "--port", port)
+    message = f"error: cannot listen on port {port} of '127.0.0.1' (Address already in use): give another with --port\n"
+    assert (ran.code, ran.err) == (2, message)
 
 
 # what takes a process

@@ -403,7 +403,7 @@ def test_a_name_is_its_nfc(store: Store) -> None:
 
 def test_opening(tmp_path: Path) -> None:
     with pytest.raises(
-        StoreError, match=r"expected a store at .*nowhere; there is none: check the path, or create one"
+        StoreError, match=r"expected a store at .*nowhere; there is none: check the path, or make one with foreword"
     ):
         Store(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
@@ -424,6 +424,8 @@ def test_opening(tmp_path: Path) -> None:
         (tmp_path / "new" / "foreword-store.json").write_text(text)
         with pytest.raises(StoreError, match=message):
             Store(tmp_path / "new")
+    with pytest.raises(StoreError, match="expected a folder or a URL of a store; got an empty one"):
+        Store("", create=True)
     for url in ("gopher://x", "github://x", "dir://x", "reference://", "generic://"):
         with pytest.raises(StoreError, match=f"^expected a folder or a URL that fsspec can open; got '{url}': .+$"):
             Store(url)

@@ -395,9 +395,11 @@ def _quiet(unpacking: str | None = None) -> Iterator[None]:
     What must be known, such as missing weights, is asked for and raised. While a GGUF file of that name is
     unpacked, our bar stands in for its reader's, which no setting turns off.
     """
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level, hub_level = logging.get_verbosity(), hub.logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
     hub_bars = not hub.are_progress_bars_disabled()
     logging.set_verbosity_error()
+    hub.logging.set_verbosity_error()
     logging.disable_progress_bar()
     if hub_bars:
         hub.enable_progress_bars()
@@ -410,6 +412,7 @@ def _quiet(unpacking: str | None = None) -> Iterator[None]:
                 yield
     finally:
         logging.set_verbosity(level)
+        hub.logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()
         if not hub_bars:

@@ -24,8 +24,7 @@ __all__ = ["check_out", "checkpoint_of", "read_checkpoint", "write_checkpoint"]
 
 def checkpoint_of(out: str | PathLike[str]) -> Path:
     """Where the checkpoint of the run that writes `out` is: `out` and `.checkpoint`."""
-    out = Path(out)
-    return out.with_name(out.name + ".checkpoint")
+    return Path(f"{Path(out)}.checkpoint")
 
 
 def check_out(out: str | PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:

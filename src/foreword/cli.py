@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.progress import TextColumn
@@ -51,8 +51,17 @@ def main() -> None:
             message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
             if error.errno in FULL:
                 message += ": what was there is unchanged; make room, and run this again"
-        err.print(f"[bold red]error:[/] {shown(' '.join(message.split()))}")
-        sys.exit(2)
+        _end(message)
+    except (MemoryError, RuntimeError) as error:
+        # torch has a kind of its own for a GPU, and none for a CPU
+        if not (type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)):
+            raise
+        _end("the memory does not suffice: take smaller batches, fewer beams, or a shorter prefix or text")
+
+
+def _end(message: str) -> NoReturn:
+    err.print(f"[bold red]error:[/] {shown(' '.join(message.split()))}")
+    sys.exit(2)
 
 
 def _version(wanted: bool) -> None:
@@ -283,6 +292,10 @@ def generate(
     records = [renamed(row, names, f"{input_file}, record {number}") for number, row in enumerate(rows, 1)]
     t.keep(output_file, input_file, prefix)
     opened = None if store is None else Store(store)
+    if store is not None and prefix is None and not any(record.get("prefix") for record in records):
+        raise SettingsError(
+            f"{input_file}: expected a column 'prefix' that names a prefix of the store {store}; no row has one"
+        )
     named: dict[str, Prefix] = {}
     own: list[Prefix | None] = []
     for number, record in enumerate(records, 1):

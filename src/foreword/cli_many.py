@@ -282,7 +282,8 @@ def rm(
     """Delete prefixes, all versions of each."""
     opened = _open(store)
     for name in names:
-        out.print(f"{shown(name)}: {opened.delete(name)} versions deleted")
+        count = opened.delete(name)
+        out.print(f"{shown(name)}: {count} version{'' if count == 1 else 's'} deleted")
 
 
 @store_app.command()

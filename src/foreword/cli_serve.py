@@ -67,12 +67,13 @@ def serve(
     from foreword.serve.choose import choose_engine
     from foreword.serve.http import create_app
     from foreword.serve.logs import log_as_json
-    from foreword.serve.server import check_address, run
+    from foreword.serve.server import check_address, check_port, run
     from foreword.serve.service import Settings
     from foreword.store import Store
 
     # whatever can be wrong is looked at before the base, which may be large, is loaded
     check_address(host, keys=keys is not None)
+    check_port(host, port)
     key_file = None if keys is None else KeyFile(keys)
     if key_file is not None and not key_file.known():
         raise SettingsError(f"expected API keys in {keys}; there are none: make one with foreword keys add {keys}")

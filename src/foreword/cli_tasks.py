@@ -153,8 +153,9 @@ def evaluate(
 
 
 def _say_missing(scores: Scores) -> None:
-    for name, reason in scores.missing.items():
-        err.print(f"{shown(name)}: {shown(reason)}")
+    for reason in dict.fromkeys(scores.missing.values()):
+        names = ", ".join(name for name, why in scores.missing.items() if why == reason)
+        err.print(f"{shown(names)}: {shown(reason)}")
 
 
 def _print_groups(scores: Mapping[str, Scores], groups: Mapping[str, Sequence[int]]) -> None:

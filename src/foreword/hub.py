@@ -16,6 +16,7 @@ from foreword.builtin import BUILT_IN
 from foreword.checkpoint import check_out
 from foreword.errors import DataError, ForewordError, HubError, SettingsError
 from foreword.prefix import Card, Prefix, write_atomically
+from foreword.tasks.sources import HUB
 from foreword.training import FILE_NAME
 
 if TYPE_CHECKING:
@@ -133,17 +134,23 @@ def _evaluation(facts: Mapping[str, Any]) -> list[str]:
     draws = facts["samples"]
     return [
         f"## Evaluation: {facts['task']}",
-        f"On {_code(facts['data'])}, {how}" + (f"; 95% intervals of {draws} bootstrap samples." if draws else "."),
+        f"On {_code(_data_name(facts))}, {how}" + (f"; 95% intervals of {draws} bootstrap samples." if draws else "."),
         _table(("", "inputs", *names), rows),
         "\n".join(f"- {name}: {_code(signature)}" for name, signature in facts["signatures"].items()),
     ]
+
+
+def _data_name(facts: Mapping[str, Any]) -> str:
+    """Where it lies here is nobody's business."""
+    data = str(facts["data"])
+    return data if data.startswith(HUB) else Path(data).name
 
 
 def _results(facts: Mapping[str, Any]) -> list[Any]:
     """The figures of an evaluation as the hub's EvalResults; those of groups are in the text alone."""
     from huggingface_hub import EvalResult
 
-    task, data = facts["task"], Path(facts["data"]).name
+    task, data = facts["task"], _data_name(facts)
     return [
         EvalResult(
             task_type=_TASK_TYPES.get(task, "text-generation"),

@@ -340,7 +340,7 @@ def _short(what: object) -> str:
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it is flushed to disk and renamed over `path`.
 
-    On any error the file aside is removed and `path` is as it was.
+    Of a link, the file that it leads to is written, and the link stays. On any error the file aside is removed and `path` is as it was.
 
     Raises:
         SettingsError: `path` is a folder, or a device such as /dev/null, which a rename would replace.
@@ -349,6 +349,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not path.is_file():
         raise SettingsError(f"expected a file to write to; {path} is a folder or a device: name another path")
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.part")
     aside.touch(exist_ok=False)

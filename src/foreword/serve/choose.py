@@ -61,6 +61,8 @@ def choose_engine(
 
     if kind not in ENGINES:
         raise SettingsError(f"expected an engine of {', '.join(ENGINES)}; got {kind!r}")
+    if kind == "local" and vllm_options:
+        raise SettingsError("vLLM's options mean nothing to the engine local: leave them away, or take the engine vllm")
     there = vllm_is_installed()
     if kind == "vllm" and not there:
         raise MissingExtraError("vllm", "vllm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from functools import partial
 from types import FrameType
 
@@ -12,7 +13,7 @@ from fastapi import FastAPI
 from foreword.errors import SettingsError
 from foreword.serve.service import Service
 
-__all__ = ["check_address", "run"]
+__all__ = ["check_address", "check_port", "run"]
 
 LAST_SECONDS = 5
 """After the time of grace, for errors to reach the clients."""
@@ -29,6 +30,18 @@ def check_address(host: str, *, keys: bool) -> None:
             f"expected API keys where others can reach the server, at {host}: make some with foreword keys add and give "
             "--keys FILE, or stay on 127.0.0.1"
         )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `SettingsError` where nothing can be served there, as long as that is so."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((host, port))
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on port {port} of {host!r} ({error.strerror}): give another with --port"
+        ) from None
 
 
 class _Server(uvicorn.Server):

@@ -59,6 +59,8 @@ class Store:
         clock: Callable[[], float] = time.time,
     ):
         self.url = fspath(url)
+        if not self.url:
+            raise StoreError("expected a folder or a URL of a store; got an empty one")
         self._files = open_files(self.url, options or {})
         self._clock = clock
         self._index = Index(self._files, self._now)
@@ -67,7 +69,8 @@ class Store:
         except FileNotFoundError:
             if not create:
                 raise StoreError(
-                    f"expected a store at {self.url}; there is none: check the path, or create one"
+                    f"expected a store at {self.url}; there is none: check the path, or make one with "
+                    "foreword train-many or foreword store put"
                 ) from None
             layout = LAYOUT
             self._files.write(SIGN, json.dumps({"layout": LAYOUT}).encode())

@@ -105,7 +105,7 @@ def outputs_of(
     if settings.temperature > 0:
         raise SettingsError("expected temperature 0: outputs that are kept and gone on with cannot be sampled")
     file = Path(file)
-    part = file.with_name(file.name + ".part")
+    part = Path(f"{file}.part")
     run = _run(prefix, examples, settings, identity)
     for path in (file, part):
         if path.exists() and not path.is_file():
