@@ -172,13 +172,10 @@ def train(
             nonlocal last
             last = progress
             loss = f"{progress.loss:.3f}" + ("" if progress.dev_loss is None else f" (dev {progress.dev_loss:.3f})")
-            bar.update(
-                task,
-                completed=progress.step,
-                total=progress.steps,
-                loss=loss,
-                speed=f"{progress.tokens_per_second:,.0f}",
-            )
+            speed = f"{progress.tokens_per_second:,.0f}"
+            bar.update(task, completed=progress.step, total=progress.steps, loss=loss, speed=speed)
+            if bar.disable and progress.step * settings.epochs % progress.steps == 0:
+                err.print(f"epoch {progress.epoch} of {settings.epochs}: loss {loss}, {speed} tokens/s")
 
         try:
             prefix = train_prefix(
