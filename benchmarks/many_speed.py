@@ -33,10 +33,11 @@ from rich.table import Table
 
 import foreword
 from benchmarks.peft_side import peft_batch, peft_model
-from benchmarks.record import machine, write_json
+from benchmarks.record import machine, synchronize, write_json
 from benchmarks.users_help import team_rows
 from foreword.bases import Base
 from foreword.data import Row, rows_of
+from foreword.generation import end_ids
 from foreword.many import train_many
 from foreword.prefix import Framing, Prefix, write_atomically
 from foreword.reparam import trainable_prefix
@@ -147,8 +148,10 @@ def peft_best(options: argparse.Namespace) -> Side:
         seconds = 0.0
         for rows in users:
             optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
+            synchronize(base.device)
             began = time.perf_counter()
             step(rows, optimizer)
+            synchronize(base.device)
             seconds += time.perf_counter() - began
         return seconds
 
@@ -174,9 +177,11 @@ def ours(options: argparse.Namespace, count: int) -> Side:
         trainable_prefix(base, length=options.length, reparametrization="direct", seed=seed).fold(card)
         for seed in range(count)
     ]
-    ends = torch.tensor([base.end_id])
+    ends = torch.tensor(sorted(end_ids(base)), device=base.device)
     # nobody ends early, so that all sides have the same to do
-    base.model.get_output_embeddings().register_forward_hook(lambda m, i, out: out.index_fill(-1, ends, -1e9))
+    base.model.get_output_embeddings().register_forward_hook(
+        lambda m, i, out: out.index_fill(-1, ends, torch.finfo(out.dtype).min)
+    )
     settings = foreword.GenerateSettings(max_new_tokens=options.new_tokens, batch_size=options.rows)
     given: list[Prefix | None] = [prefixes[i % count] for i in range(options.rows)]
 
@@ -283,7 +288,7 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]], tokens:
         settings: dict[str, Any] = {k: v for k, v in vars(options).items() if k != "json"}
         result = {
             "settings": settings,
-            "machine": machine(),
+            "machine": machine(options.device),
             "tokens": tokens,
             "median_seconds": median,
             "ratios": ratios,

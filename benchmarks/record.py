@@ -32,6 +32,12 @@ def machine(device: str | torch.device | None = None) -> dict[str, Any]:
     }
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given, before the clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _processor() -> str:
     # Linux: platform.processor() is empty there
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []

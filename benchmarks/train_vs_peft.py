@@ -30,7 +30,7 @@ from rich.table import Table
 
 import foreword
 from benchmarks.e2e_rows import DATA, e2e_split
-from benchmarks.record import machine, write_json
+from benchmarks.record import machine, synchronize, write_json
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate, read_records, rows_of
@@ -107,11 +107,6 @@ def plan(side: str, rows: list[Row], batch: int) -> Iterator[list[int]]:
         epoch += 1
 
 
-def synchronize(base: Base) -> None:
-    if base.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def run_side(options: argparse.Namespace) -> dict[str, float]:
     """One side's measurement: what its process prints."""
     torch.manual_seed(0)
@@ -123,7 +118,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     turns = plan(options.side, rows, options.batch)
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])
-    synchronize(base)
+    synchronize(base.device)
     tokens = count = needed = 0
     began = time.perf_counter()
     while time.perf_counter() - began < options.seconds:
@@ -132,7 +127,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
         tokens += sum(map(len, chosen))
         count += len(chosen)
         needed += sum(map(work.of, chosen))
-    synchronize(base)
+    synchronize(base.device)
     seconds = time.perf_counter() - began
     mean_tokens = round(options.batch * tokens / count)
     return {
@@ -208,7 +203,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             ended = subprocess.run(command, capture_output=True, text=True)
             if ended.returncode == 0:
                 found[side].append(json.loads(ended.stdout.strip().splitlines()[-1]))
-            elif ended.returncode != -9 and "not enough memory" not in ended.stderr + ended.stdout:
+            elif ended.returncode != -9 and "tried to allocate" not in ended.stderr.lower():
                 raise SystemExit(f"{side} failed:\n{ended.stderr[-2000:]}")
     return {
         "name": f"{options.rows} rows, batch {options.batch}, prefix {options.length}, {options.dtype}, {options.reparametrization}",

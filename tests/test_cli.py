@@ -634,7 +634,7 @@ def test_a_full_disk(run: Run, base: Path, data: Path, tmp_path: Path, command: 
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")],
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")],
     ids=repr,
 )  # fmt: skip
 def test_too_little_memory(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

@@ -178,6 +178,7 @@ class Attachment:
         self._y_positions: torch.Tensor | None = None
         self._states: torch.Tensor | None = None
         self._masks: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self._places: dict[int, torch.Tensor] = {}
         self.stack: Stack | None = source if isinstance(source, Stack) else None
 
         for section, modules in sections_of(model).items():
@@ -223,6 +224,7 @@ class Attachment:
     def _refresh(self, *_: object) -> None:
         if not self._refreshed:
             self._masks.clear()
+            self._places.clear()
             if isinstance(self.source, nn.Module):
                 self.stack = self.source()
 
@@ -337,7 +339,10 @@ class Attachment:
             shape = (batch, *prefix_keys.shape[1:])
             prefix_keys, prefix_values = prefix_keys[:1].expand(shape), prefix_values[:1].expand(shape)
         else:
-            rows = self._rows_of(batch).clamp(min=0).to(keys.device)
+            if batch not in self._places:
+                # once a forward pass: each copy to a GPU waits for all that it was given before
+                self._places[batch] = self._rows_of(batch).clamp(min=0).to(keys.device)
+            rows = self._places[batch]
             prefix_keys, prefix_values = prefix_keys[rows], prefix_values[rows]
         # every layer of a kind is handed the same mask
         key = (id(mask), batch, query.shape[2], keys.shape[2])

@@ -54,7 +54,7 @@ def main() -> None:
         _end(message)
     except (MemoryError, RuntimeError) as error:
         # torch has a kind of its own for a GPU, and none for a CPU
-        if not (type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error)):
+        if not (type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "you tried to allocate" in str(error)):
             raise
         _end("the memory does not suffice: take smaller batches, fewer beams, or a shorter prefix or text")
 
@@ -159,7 +159,7 @@ def train(
             "foreword",
             config={k: v for k, v in dataclasses.asdict(settings).items() if isinstance(v, int | float | str)},
         )
-    if device is None and accelerator.num_processes > 1:
+    if device in (None, "cuda") and accelerator.num_processes > 1:
         device = str(accelerator.device)
     frozen = load_base(base, dtype=dtype, device=device)
     bar = t.bar(TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[speed]} tokens/s"))
