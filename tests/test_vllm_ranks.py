@@ -136,7 +136,9 @@ def test_the_devices_of_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     name = save_base(tmp_path / "base")
     for device in ("cpu", "cpu:0"):
         assert choose_engine("vllm", name, store, device=device, cache_bytes=1 << 26)[1].name == "vllm"
-    assert choose_engine("auto", name, store, device="cuda")[1].name == "local"
+    # the engine local is asked, which there is none for here
+    with pytest.raises(SettingsError, match="expected a device of this machine, such as cpu; got 'cuda'"):
+        choose_engine("auto", name, store, device="cuda")
     with pytest.raises(SettingsError, match="expected the device 'cpu', which vLLM is for here; got 'cuda:1': set"):
         choose_engine("vllm", name, store, device="cuda:1")
     # where vLLM was built for another device, that one's dtype counts, and not the processor's
