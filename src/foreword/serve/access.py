@@ -107,7 +107,7 @@ class KeyFile:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._read_at = -RELOAD
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, int, int] | None = None
         self._keys: dict[str, Key] = {}
         self._failed: str | None = None
         self._load()
@@ -130,7 +130,7 @@ class KeyFile:
     def _load(self) -> None:
         try:
             status = self.path.stat()
-            seen = status.st_mtime_ns, status.st_ino
+            seen = status.st_mtime_ns, status.st_ino, status.st_size
             if seen != self._seen:
                 self._keys = {key.id: key for key in self._parsed(self.path.read_bytes())}
                 self._seen = seen
