@@ -27,10 +27,11 @@ def checkpoint_of(out: str | PathLike[str]) -> Path:
     return Path(f"{Path(out)}.checkpoint")
 
 
-def check_out(out: str | PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+def check_out(out: str | PathLike[str], *, resume: bool | None = False, overwrite: bool = False) -> None:
     """See before any work whether a run may write `out` and its checkpoint, and can.
 
-    With `resume`, a checkpoint beside `out` says that `out` is the run's own: it was killed between the two.
+    With `resume`, a checkpoint beside `out` says that `out` is the run's own: it was killed between the two. None is for
+    what is no training run, and cannot go on with one.
 
     Raises:
         TrainingError: something is there that would be lost, or that is no file; or nothing can be written there.
@@ -40,6 +41,11 @@ def check_out(out: str | PathLike[str], *, resume: bool = False, overwrite: bool
     if out.exists() and not out.is_file():
         raise TrainingError(f"expected a file name for the prefix; {out} is a folder or a device")
     if checkpoint.exists() and not (resume or overwrite):
+        if resume is None:
+            raise TrainingError(
+                f"{checkpoint} is of a training run that did not end and writes {out}: choose another name, or give "
+                "--overwrite"
+            )
         raise TrainingError(f"{checkpoint} is of a run that did not end: give --resume to go on, or --overwrite")
     if out.exists() and not (overwrite or (resume and checkpoint.exists())):
         raise TrainingError(f"{out} is there already: choose another name, or give --overwrite")

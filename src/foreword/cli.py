@@ -343,10 +343,11 @@ def import_peft(
 ) -> None:
     """Make a prefix file of a PEFT prefix-tuning checkpoint."""
     from foreword.bases import load_base
+    from foreword.checkpoint import check_out
     from foreword.data import fields_of
     from foreword.interop import peft
 
-    t.check_new(out_file, overwrite=overwrite)
+    check_out(out_file, resume=None, overwrite=overwrite)
     framing = None if template is None else t.framing_of(template, chat=False, max_input_tokens=None)
     if framing is not None:
         fields_of(framing.template)

@@ -96,7 +96,6 @@ def pull(
     """Get a prefix from the Hugging Face hub."""
     from foreword import hub
 
-    t.check_new(out_file, overwrite=overwrite)
     _quiet()
     prefix = hub.pull(repository, out_file, revision=revision, file=file, overwrite=overwrite)
     out.print(shown(f"{out_file}: {prefix.length} virtual tokens for {prefix.card.base}"))

@@ -314,9 +314,10 @@ def get(
     overwrite: t.Overwrite = False,
 ) -> None:
     """Write a prefix of the store to a file."""
+    from foreword.checkpoint import check_out
     from foreword.prefix import Prefix, write_atomically
 
-    t.check_new(out_file, overwrite=overwrite)
+    check_out(out_file, resume=None, overwrite=overwrite)
     opened = _open(store)
     found = opened.find(name, version)
     data = opened.read(found)

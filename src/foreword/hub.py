@@ -250,7 +250,7 @@ def pull(
         PrefixFileError: what is there is no prefix. HubError: the hub cannot be reached, or has no such thing.
         TrainingError: something is at `out` already.
     """
-    check_out(out, overwrite=overwrite)
+    check_out(out, resume=None, overwrite=overwrite)
     api = _api(endpoint, token)
     with _hub(f"pull {file} from {repository}"):
         data = Path(api.hf_hub_download(repository, file, revision=revision)).read_bytes()

@@ -340,7 +340,8 @@ def _short(what: object) -> str:
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path beside `path` to write to; on success it is flushed to disk and renamed over `path`.
 
-    Of a link, the file that it leads to is written, and the link stays. On any error the file aside is removed and `path` is as it was.
+    Of a link, the file that it leads to is written, and the link stays. On any error the file aside is removed and `path`
+    is as it was.
 
     Raises:
         SettingsError: `path` is a folder, or a device such as /dev/null, which a rename would replace.

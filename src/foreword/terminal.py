@@ -107,18 +107,6 @@ def keep(written: Path, *read: Path | None) -> None:
             raise SettingsError(f"expected another file to write to than {path}, which would be lost")
 
 
-def check_new(written: Path, *, overwrite: bool) -> None:
-    """As `check_out`, for what is no training run and cannot go on with one."""
-    from foreword.checkpoint import check_out, checkpoint_of
-
-    checkpoint = checkpoint_of(written)
-    if checkpoint.exists() and not overwrite:
-        raise SettingsError(
-            f"{checkpoint} is of a training run that did not end and writes {written}: choose another name, or give --overwrite"
-        )
-    check_out(written, overwrite=overwrite)
-
-
 def shown(text: str) -> str:
     """Text that may be a stranger's, with nothing in it that the terminal or rich would act on."""
     return escape("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))

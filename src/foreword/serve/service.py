@@ -238,20 +238,20 @@ class Service:
         if context is None:
             return record
         most = context * self._longest_token
-        if framing.chat:
-            messages = record.get("messages") or [{"role": "user", "content": record["input"]}]
+        messages = record.get("messages") if framing.chat else None
+        if messages is not None:
             count = sum(len(one["content"]) for one in messages)
-            cut = {"messages": [{**one, "content": one["content"][:most]} for one in messages]}
         else:
-            named = (name for _, name in fields_of(framing.template) if name is not None)
+            named = ["input"] if framing.chat else [name for _, name in fields_of(framing.template) if name is not None]
             texts = {name: record[name] for name in named if isinstance(record.get(name), str)}
             count = sum(map(len, texts.values()))
-            cut = {**record, **{name: text[:most] for name, text in texts.items()}}
         if count <= most:
             return record
         if framing.max_input_tokens is None:
             raise TooLongError(f"expected at most {most} characters, as many as {context} tokens may have; got {count}")
-        return cut
+        if messages is not None:
+            return {**record, "messages": [{**one, "content": one["content"][:most]} for one in messages]}
+        return {**record, **{name: text[:most] for name, text in texts.items()}}
 
     @functools.cached_property
     def _longest_token(self) -> int:
