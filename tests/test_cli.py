@@ -269,6 +269,47 @@ def test_generate_with_a_prefix_a_row(run: Run, base: Path, prefix: Path, tmp_pa
     ]
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_generate_goes_on_where_it_was_interrupted(
+    run: Run, base: Path, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled: bool
+) -> None:
+    texts = ["a", "of it", "some text", "more", "a third of them"]
+    given = jsonl(tmp_path / "F.jsonl", [{"input": text} for text in texts])
+    command = ["generate", "--base", base, "--prefix", prefix, "--input-file", given, "--batch-size", "2"]
+    command += ["--max-new-tokens", "5", *(["--temperature", "1", "--seed", "3"] if sampled else [])]
+    assert run(*command, "--output", "whole.jsonl").code == 0
+    real, asked = foreword.generation._run, []
+
+    def interrupted(*args: Any) -> Any:
+        asked.extend(args[-1])
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(foreword.generation, "_run", interrupted)
+        ran = run(*command, "--output", "G.jsonl")
+    assert (ran.code, ran.out, ran.err) == (130, "", "interrupted: the same command again goes on where it was\n")
+    assert not (tmp_path / "G.jsonl").exists()
+    part = (tmp_path / "G.jsonl.part").read_bytes()
+    refused(run(*command, "--output", "G.jsonl", "--stop", "e"), "G.jsonl.part is of another run")
+    refused(run(*command, "--output", "G.jsonl", "--raw"), "G.jsonl.part is of another run")
+    jsonl(given, [{"input": text, "more": 1} for text in texts])
+    refused(run(*command, "--output", "G.jsonl"), "G.jsonl.part is of another run")
+    jsonl(given, [{"input": text} for text in texts])
+    assert (tmp_path / "G.jsonl.part").read_bytes() == part
+
+    done = asked[:2]
+    asked.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(foreword.generation, "_run", lambda *args: asked.extend(args[-1]) or real(*args))
+        assert run(*command, "--output", "G.jsonl").code == 0
+    assert sorted([*done, *asked]) == [0, 1, 2, 3, 4]
+    assert (tmp_path / "G.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "G.jsonl.part").exists()
+    refused(run(*command, "--output", "G.jsonl"), "G.jsonl is there already: choose another name, or give --overwrite")
+
+
 def test_every_option_of_generate_reaches_generation(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
     monkeypatch.setattr("foreword.generation.generate", lambda *args, **kwargs: seen.update(kwargs) or ["x"])
@@ -335,7 +376,7 @@ def test_the_home_folder_in_what_is_written(
 ) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr("foreword.generation.generate", lambda _, records, *__, **___: ["x"] * len(records))
+    monkeypatch.setattr("foreword.generation._run", lambda *args: [[]] * len(args[1]))
     monkeypatch.setattr("foreword.many.train_many", lambda *_, **__: [])
     assert run("generate", "--base", base, "--input-file", data, "--output=~/o.jsonl").code == 0
     assert run("train-many", "--base", base, "--data", data, "--by", "input", "--out=~/S").code == 0
@@ -515,6 +556,7 @@ BEFORE = {
     "output: the prefix": ([*GENERATE, "--prefix", "{prefix}", "--input-file", "rows.jsonl", "--output", "{prefix}"], "expected another file to write to"),
     "output: a folder": ([*GENERATE, "--input-file", "rows.jsonl", "--output", "folder"], "expected a file to write to; folder is a folder"),
     "output: below a file": ([*GENERATE, "--input-file", "rows.jsonl", "--output", "old.safetensors/o"], "old.safetensors"),
+    "output: of something else": ([*GENERATE, "--input-file", "rows.jsonl", "--output", "old.safetensors"], "old.safetensors is there already"),
     "import: there": (["import-peft", "folder", "--base", "{base}", "--out", "old.safetensors"], "is there already"),
     "import: template": (["import-peft", "folder", "--base", "{base}", "--out", "p", "--template", "{{inp"], "expected a template such as"),
     "import: of a killed run": (["import-peft", "folder", "--base", "{base}", "--out", "left.safetensors"], "left.safetensors.checkpoint is of a training run that did not end and writes left.safetensors: choose another name"),
@@ -618,15 +660,20 @@ def test_a_full_disk(run: Run, base: Path, data: Path, tmp_path: Path, command: 
     else:
         jsonl(data, [{"input": "a", "more": "b" * 5000}])
         arguments = ["generate", "--base", base, "--input-file", data, "--output", out, "--max-new-tokens", "3"]
+        arguments += ["--overwrite"]
     before = written(tmp_path)
     with small_disk(5000):
         ran = run(*arguments)
     refused(
         ran._replace(err=past_epochs(ran)), "File too large: what was there is unchanged; make room, and run this again"
     )
-    assert written(tmp_path) == before
+    after = written(tmp_path)
+    # the outputs themselves found room, and are not generated again
+    assert (after.pop("out.part", None) is None) == (command == "train")
+    assert after == before
     assert run(*arguments).code == 0
     assert out.read_bytes() != b"dear"
+    assert written(tmp_path).keys() == before.keys()
 
 
 # runs that end early

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -225,15 +225,31 @@ def test_the_head_is_handed_whole_memory(family: str) -> None:
     assert not head._forward_pre_hooks
 
 
-def test_progress_is_told_batch_by_batch() -> None:
+def test_texts_are_told_batch_by_batch() -> None:
     base = base_of("gpt2")
-    done: list[int] = []
+    told: list[Mapping[int, str]] = []
     settings = GenerateSettings(max_new_tokens=1, batch_size=3)
-    generate(base, INPUTS, settings=settings, on_rows=done.append)
-    assert done == [3, 1]
-    assert generate(base, [], settings=settings, on_rows=done.append) == []
+    texts = generate(base, INPUTS, settings=settings, on_texts=told.append)
+    assert [len(one) for one in told] == [3, 1]
+    assert {**told[0], **told[1]} == dict(enumerate(texts))
+    assert generate(base, [], settings=settings, on_texts=told.append) == []
     assert generate(base, [], [], settings=settings) == []
-    assert done == [3, 1]
+    assert len(told) == 2
+
+
+def test_a_rows_number_is_what_it_samples_by() -> None:
+    base = base_of("gpt2")
+    told: dict[int, str] = {}
+    settings = GenerateSettings(max_new_tokens=7, temperature=1.0, batch_size=2)
+    whole = generate(base, INPUTS, settings=settings)
+    assert generate(base, INPUTS[::-1], settings=settings) != whole[::-1]
+    numbers = list(range(len(INPUTS)))[::-1]
+    assert generate(base, INPUTS[::-1], settings=settings, numbers=numbers, on_texts=told.update) == whole[::-1]
+    assert told == dict(enumerate(whole))
+    with pytest.raises(SettingsError, match=f"expected a number for each of {len(INPUTS)} inputs; got 1"):
+        generate(base, INPUTS, settings=settings, numbers=[0])
+    with pytest.raises(TooLongError, match="input 8: expected at most"):
+        generate(base, ["a" * 5 * CONTEXT], settings=settings, numbers=[7])
 
 
 def test_records_and_texts_are_framed_as_in_training() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import importlib.util
 import io
-import json
 import sys
 import time
 from pathlib import Path
@@ -244,15 +243,20 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows through the base at once.")] = 16,
     raw: Annotated[bool, typer.Option("--raw", help="Give the base the text as it is, with no template.")] = False,
+    overwrite: t.Overwrite = False,
     dtype: t.Dtype = "auto",
     device: t.Device = None,
 ) -> None:
-    """Continue texts, or the rows of a file, with a prefix."""
+    """Continue texts, or the rows of a file, with a prefix.
+
+    Outputs of rows are kept as they come, in OUTPUT.part: the same command again goes on where it was killed.
+    """
     from foreword.bases import load_base
     from foreword.data import column_names, read_records, renamed
     from foreword.generation import GenerateSettings, stream
     from foreword.generation import generate as generate_texts
-    from foreword.prefix import Framing, Prefix, write_atomically
+    from foreword.outputs import Outputs
+    from foreword.prefix import Framing, Prefix
     from foreword.store import Store
 
     if bool(texts) == (input_file is not None):
@@ -304,17 +308,26 @@ def generate(
         if name is not None and name not in named:
             named[name] = Prefix.load(input_file.parent / name) if opened is None else opened.get(name)
         own.append(shared if name is None else named[name])
-    # opened before the work, which would be lost where nothing can be written; half a surrogate pair, which JSON can
-    # hold and UTF-8 can't, is written as JSON does
-    with write_atomically(output_file) as aside, aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        frozen = load_base(base, dtype=dtype, device=device)
-        with t.bar() as bar:
-            task = bar.add_task(f"generating {output_file.name}", total=len(records))
-            outputs = generate_texts(
-                frozen, records, own, settings=settings, framing=framing, on_rows=lambda n: bar.advance(task, n)
-            )
-        for row, text in zip(rows, outputs, strict=True):
-            file.write(json.dumps({**row, "output": text}, ensure_ascii=False) + "\n")
+    if output_file.is_file() and not overwrite:
+        raise SettingsError(f"{output_file} is there already: choose another name, or give --overwrite")
+    with t.bar() as bar:
+        task = bar.add_task(f"generating {output_file.name}", total=len(records))
+        kept = Outputs(
+            output_file,
+            records,
+            own,
+            settings=settings,
+            framing=framing,
+            identity=(base, dtype),
+            overwrite=overwrite,
+            on_rows=lambda n: bar.advance(task, n),
+        )
+        try:
+            made = kept.generate(lambda: load_base(base, dtype=dtype, device=device))
+        except KeyboardInterrupt:
+            err.print(t.GOES_ON)
+            raise
+    kept.finish({**row, "output": text} for row, text in zip(rows, made, strict=True))
 
 
 def _write(text: str) -> None:

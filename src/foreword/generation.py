@@ -53,7 +53,7 @@ class GenerateSettings:
         top_k: sample among this many most likely tokens; 0 for all.
         top_p: sample among the fewest most likely tokens that have this much probability together.
         stop: strings before which the text ends.
-        seed: of sampling; row i draws from a generator of its own, made from the seed and i.
+        seed: of sampling; each row draws from a generator of its own, made from the seed and the row's number.
         batch_size: rows that go through the base at once; no row's text depends on it.
     """
 
@@ -90,7 +90,8 @@ def generate(
     *,
     settings: GenerateSettings | None = None,
     framing: Framing | None = None,
-    on_rows: Callable[[int], None] | None = None,
+    numbers: Sequence[int] | None = None,
+    on_texts: Callable[[Mapping[int, str]], None] | None = None,
 ) -> list[str]:
     """Continue each input.
 
@@ -100,13 +101,15 @@ def generate(
         prefixes: one for all rows, or one a row; None for the bare base. Rows with one prefix share it in memory.
         settings: see `GenerateSettings`.
         framing: how x is made. Default: as in the training of the row's prefix; for rows without one, `Framing()`.
-        on_rows: called with the number of rows done, batch by batch.
+        numbers: of the rows, for sampling and in errors: a row's text is the same whichever rows are beside it. Default: 0,
+            1, 2, ... in the order of the inputs.
+        on_texts: called with the texts of each batch, by the row's number, when it has ended.
 
     Returns:
         one text a row, in the order of the inputs.
 
     Raises:
-        SettingsError: the inputs are one text, not a list, or there are not as many prefixes as inputs.
+        SettingsError: the inputs are one text, not a list, or there are not as many prefixes or numbers as inputs.
         WrongBaseError: a prefix is another base's.
         DataError: an input cannot be framed. TooLongError: one does not fit the base's context.
     """
@@ -116,15 +119,17 @@ def generate(
     own = list(prefixes) if isinstance(prefixes, Sequence) else [prefixes] * len(inputs)
     if len(own) != len(inputs):
         raise SettingsError(f"expected one prefix, or one for each of {len(inputs)} inputs; got {len(own)}")
+    numbers = range(len(inputs)) if numbers is None else numbers
+    if len(numbers) != len(inputs):
+        raise SettingsError(f"expected a number for each of {len(inputs)} inputs; got {len(numbers)}")
     for prefix in {id(prefix): prefix for prefix in own if prefix is not None}.values():
         prefix.check(base)
     rows = [
-        _frame(base, record, prefix, framing, f"input {i + 1}")
-        for i, (record, prefix) in enumerate(zip(inputs, own, strict=True))
+        _frame(base, record, prefix, framing, f"input {n + 1}")
+        for record, prefix, n in zip(inputs, own, numbers, strict=True)
     ]
     budgets = [
-        _budget(base, x, prefix, settings, f"input {i + 1}")
-        for i, (x, prefix) in enumerate(zip(rows, own, strict=True))
+        _budget(base, x, prefix, settings, f"input {n + 1}") for x, prefix, n in zip(rows, own, numbers, strict=True)
     ]
     texts = [""] * len(inputs)
     # rows whose context ends early go apart, so that they do not cut the others short
@@ -133,11 +138,12 @@ def generate(
     while start < len(order):
         same = [i for i in order[start : start + settings.batch_size] if budgets[i] == budgets[order[start]]]
         start += len(same)
-        output = _run(base, [rows[i] for i in same], [own[i] for i in same], budgets[same[0]], settings, same)
+        here = [numbers[i] for i in same]
+        output = _run(base, [rows[i] for i in same], [own[i] for i in same], budgets[same[0]], settings, here)
         for i, tokens in zip(same, output, strict=True):
             texts[i] = _cut(base.decode(tokens), settings.stop)
-        if on_rows is not None:
-            on_rows(len(same))
+        if on_texts is not None:
+            on_texts({numbers[i]: texts[i] for i in same})
     return texts
 
 

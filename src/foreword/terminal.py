@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
+GOES_ON = "interrupted: the same command again goes on where it was"
+"""Of commands that keep what they have done."""
+
 # options, as commands take them; their defaults stand with the commands
 
 
