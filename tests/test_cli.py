@@ -541,7 +541,7 @@ BEFORE = {
     "data: no column of the template": ([*TRAIN, "--data", "rows.jsonl", "--template", "{{x}}", "--out", "p"], "record 1: .*'x'"),
     "data: a list for text": ([*TRAIN, "--data", "number.jsonl", "--out", "p"], "record 1: expected text .*'input'; got list"),
     "data: empty y": ([*TRAIN, "--data", "nothing.jsonl", "--out", "p"], "record 2: expected a non-empty output; y is empty"),
-    "dev: empty y": ([*TRAIN, "--data", "rows.jsonl", "--dev", "nothing.jsonl", "--out", "p"], "development record 2: expected a non-"),
+    "dev: empty y": ([*TRAIN, "--data", "rows.jsonl", "--dev", "nothing.jsonl", "--out", "p"], "nothing.jsonl, record 2: expected a non-"),
     "patience alone": ([*TRAIN, "--data", "rows.jsonl", "--patience", "1", "--out", "p"], "patience .* give development rows"),
     # of what is written
     "out: there": ([*TRAIN, "--data", "rows.jsonl", "--out", "old.safetensors"], "old.safetensors is there already: .* --overwrite"),

@@ -58,7 +58,10 @@ def test_keys(run: Run, tmp_path: Path) -> None:
     key = KeyFile(tmp_path / "k.json").find(text)
     assert key is not None
     assert (key.prefixes, key.label, key.concurrency, key.admin) == (("team/*", "a[b]"), "Zoë", 3, False)
-    assert run("keys", "add", "k.json", "--admin", "--tokens-per-minute", 5000).code == 0
+    assert ran.err == f"{key.id} may use: team/*, a[b]\n"
+    ran = run("keys", "add", "k.json", "--admin", "--tokens-per-minute", 5000)
+    assert (ran.code, ran.err.partition(" ")[2]) == (0, "may use: all, as an admin\n")
+    assert run("keys", "add", "base.json").err.endswith(" may use: the base alone\n")
     lines = run("keys", "ls", "k.json").out.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(key.id)

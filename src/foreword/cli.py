@@ -139,11 +139,11 @@ def train(
     framing = t.framing_of(template, chat, options["max_input_tokens"])
     # whatever can be wrong is looked at before the base, which may be large, is loaded
     records = read_records(data, input=input, output=output)
-    check_records(records, framing)
+    check_records(records, framing, what=f"{data}, record")
     dev_records = None
     if dev is not None:
         dev_records = read_records(dev, input=input, output=output)
-        check_records(dev_records, framing, what="development record")
+        check_records(dev_records, framing, what=f"{dev}, record")
     check_dev(settings, dev_records)
     t.keep(out_file, data, dev)
     check_out(out_file, resume=resume, overwrite=overwrite)

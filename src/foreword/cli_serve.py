@@ -11,7 +11,7 @@ import typer
 
 from foreword import terminal as t
 from foreword.errors import MissingExtraError, SettingsError
-from foreword.terminal import out, shown
+from foreword.terminal import err, out, shown
 
 if TYPE_CHECKING:
     from foreword.serve.access import Key, KeyFile
@@ -118,6 +118,10 @@ def _open(path: Path, *, there: bool) -> KeyFile:
     return KeyFile(path)
 
 
+def _may_use(key: Key) -> str:
+    return "all, as an admin" if key.admin else ", ".join(key.prefixes) or "the base alone"
+
+
 def _facts(key: Key) -> dict[str, Any]:
     return {
         "id": key.id,
@@ -143,7 +147,7 @@ def add(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Texts at once; by default no limit.")] = None,
 ) -> None:
     """Make a key and print it, once: the file keeps only its hash. A running server takes it within seconds."""
-    _, text = _open(file, there=False).add(
+    key, text = _open(file, there=False).add(
         label=label,
         prefixes=tuple(prefix or ()),
         admin=admin,
@@ -151,6 +155,7 @@ def add(
         concurrency=concurrency,
     )
     typer.echo(text)
+    err.print(shown(f"{key.id} may use: {_may_use(key)}"))
 
 
 @keys_app.command()
@@ -163,13 +168,12 @@ def ls(
         if as_json:
             typer.echo(json.dumps(facts, ensure_ascii=False))
             continue
-        what = "all, as an admin" if key.admin else ", ".join(key.prefixes) or "the base alone"
         limits = [
             f"{value:,} {unit}"
             for value, unit in ((key.tokens_per_minute, "tokens/min"), (key.concurrency, "at once"))
             if value is not None
         ]
-        out.print(shown("  ".join(filter(None, [key.id, key.created, key.label, what, *limits]))))
+        out.print(shown("  ".join(filter(None, [key.id, key.created, key.label, _may_use(key), *limits]))))
 
 
 @keys_app.command()
