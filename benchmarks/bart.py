@@ -32,7 +32,7 @@ from benchmarks.e2e_rows import DATA
 from benchmarks.record import write_json
 from foreword.builtin import cache_folder
 from foreword.data import batches, pad, read_records
-from foreword.prefix import write_atomically
+from foreword.writing import write_atomically
 
 VOCAB = 8192
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

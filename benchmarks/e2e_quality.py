@@ -29,7 +29,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
 
 import foreword
 from benchmarks.e2e_rows import Split, e2e_split
@@ -40,6 +39,7 @@ from foreword.attach import Stack, attach
 from foreword.bases import Base
 from foreword.data import batches, collate, rows_of
 from foreword.evaluate import paired_bootstrap, score
+from foreword.learner import share_at
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Framing, Prefix
 from foreword.reparam import layers_of
@@ -97,7 +97,6 @@ def train_peft(base: Base, split: Split, lr: float, seed: int, projection: bool)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     steps = EPOCHS * math.ceil(len(rows) / BATCH)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
     losses = []
     with attach(base.model, PeftPrefix(base, model)) as attachment:
         with torch.no_grad():
@@ -110,9 +109,9 @@ def train_peft(base: Base, split: Split, lr: float, seed: int, projection: bool)
                 loss = forward_loss(base, attachment, batch) / len(batch.labels)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.param_groups[0]["lr"] = lr * share_at(len(losses), steps, WARMUP)
                 optimizer.step()
                 optimizer.zero_grad()
-                schedule.step()
                 losses.append(loss.item())
     return peft_prefix(base, model), last_epoch(losses)
 

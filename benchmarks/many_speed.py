@@ -19,7 +19,6 @@ training, the new ones in generation.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import uuid
@@ -33,16 +32,18 @@ from rich.table import Table
 
 import foreword
 from benchmarks.peft_side import peft_batch, peft_model
-from benchmarks.record import machine, synchronize, write_json
+from benchmarks.record import machine, write_json
 from benchmarks.users_help import team_rows
 from foreword.bases import Base
 from foreword.data import Row, rows_of
 from foreword.generation import end_ids
+from foreword.limit import synchronize
 from foreword.many import train_many
-from foreword.prefix import Framing, Prefix, write_atomically
+from foreword.prefix import Framing, Prefix
 from foreword.reparam import trainable_prefix
 from foreword.store import Store
 from foreword.users import UserFile
+from foreword.writing import write_jsonl
 
 USERS, ROWS_OF_EACH = 16, 4
 GOALS = {
@@ -72,8 +73,7 @@ def framing_of(options: argparse.Namespace) -> Framing:
 def joint(options: argparse.Namespace, folder: Path) -> Side:
     base = load(options)
     path = folder / "users.jsonl"
-    with write_atomically(path) as aside, aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for rows in chosen().values() for row in rows)
+    write_jsonl(path, (row for rows in chosen().values() for row in rows))
     settings = foreword.TrainSettings(
         length=options.length, reparametrization=options.reparametrization, batch_size=ROWS_OF_EACH, epochs=100
     )

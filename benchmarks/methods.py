@@ -30,7 +30,7 @@ from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
 from foreword.attach import FAMILIES, Attachment, attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate
-from foreword.learner import make_trainable
+from foreword.learner import make_trainable, share_at
 from foreword.loss import forward_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import trainable_prefix, width
@@ -266,7 +266,6 @@ def fit(learner: Learner, rows: Sequence[Row], *, lr: float, epochs: int, batch_
     """Let it learn; foreword's schedule and batches, for every method."""
     optimizer = _InFloat32(learner.parameters)
     steps = epochs * math.ceil(len(rows) / batch_size)
-    warm = math.ceil(WARMUP * steps)
     losses: list[float] = []
     tokens = 0
     began = time.perf_counter()
@@ -275,8 +274,7 @@ def fit(learner: Learner, rows: Sequence[Row], *, lr: float, epochs: int, batch_
             chosen = [rows[i] for i in indices]
             loss = learner.loss(chosen)
             loss.backward()
-            step = len(losses)
-            share = (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
+            share = share_at(len(losses), steps, WARMUP)
             losses.append(loss.item())
             tokens += sum(map(len, chosen))
             if not math.isfinite(losses[-1]) or not optimizer.step(lr * share):

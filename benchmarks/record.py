@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import foreword
-from foreword.prefix import write_atomically
+from foreword.writing import write_atomically
 
 
 def machine(device: str | torch.device | None = None) -> dict[str, Any]:
@@ -30,12 +30,6 @@ def machine(device: str | torch.device | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "foreword": foreword.__version__,
     }
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU was given, before the clock is read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.record import write_json
 from benchmarks.study import RESULTS, Line, Study, compare, lines, run, todo
-from foreword.prefix import write_atomically
+from foreword.writing import write_atomically
 
 
 def work_and_report(study: Study, *, module: str, table: bool) -> None:

@@ -30,17 +30,16 @@ from rich.table import Table
 
 import foreword
 from benchmarks.e2e_rows import DATA, e2e_split
-from benchmarks.record import machine, synchronize, write_json
+from benchmarks.record import machine, write_json
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate, read_records, rows_of
-from foreword.limit import Work, peak_memory, product_rate
+from foreword.limit import Work, peak_memory, product_rate, synchronize
 from foreword.loss import forward_loss
 from foreword.prefix import Framing
 from foreword.reparam import Reparametrization, trainable_prefix
 
 SIDES = ("foreword", "peft", "peft-eager", "peft-sdpa", "full")
-BEST = ("peft-eager", "peft-sdpa")
 Step = Callable[[list[Row]], None]
 
 

@@ -43,8 +43,9 @@ from foreword.data import rows_of
 from foreword.evaluate import score
 from foreword.loss import mean_loss
 from foreword.many import UserFile, train_many
-from foreword.prefix import Framing, Prefix, write_atomically
+from foreword.prefix import Framing, Prefix
 from foreword.store import Store
+from foreword.writing import write_jsonl
 
 RESULTS = Path(__file__).with_name("results")
 USUAL = {"base": "smollm2-135m", "dtype": "float32"}
@@ -168,8 +169,7 @@ def settings_of(name: str) -> foreword.TrainSettings:
 def own_prefixes(base: Base, work: Path, name: str, warm: bool) -> dict[str, Prefix]:
     """A prefix a team, by the team's name."""
     data = work / "users-train.jsonl"
-    with write_atomically(data) as aside, aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for own in team_rows("users-train").values() for row in own)
+    write_jsonl(data, (row for own in team_rows("users-train").values() for row in own))
     store = Store(work / name, create=True)
     start = shared_prefix(base, work) if warm else None
     began = time.perf_counter()

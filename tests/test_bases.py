@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from tiny import BUILDERS, CONTEXT, EOS, PAD, tiny_model, tiny_tokenizer
+from tiny import BUILDERS, CONTEXT, EOS, PAD, base_of, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GgufConfig, PreTrainedModel
 from transformers.utils import logging
@@ -45,10 +45,6 @@ def save(folder: Path, family: str = "llama", model: PreTrainedModel | None = No
     model.save_pretrained(folder)
     tiny_tokenizer(family).save_pretrained(folder)
     return folder
-
-
-def base_of(family: str, **config: Any) -> Base:
-    return Base(tiny_model(family, **config), tiny_tokenizer(family), family)
 
 
 def logits(model: nn.Module, **more: Any) -> torch.Tensor:
@@ -111,7 +107,7 @@ def test_the_end_token_pads_where_there_is_no_padding_token_that_the_model_knows
 def test_a_tokenizer_without_an_end_token() -> None:
     base = base_of("llama")
     base.tokenizer.eos_token = None
-    with pytest.raises(BaseLoadError, match=r"expected a tokenizer with an end token; that of 'llama' has none"):
+    with pytest.raises(BaseLoadError, match=r"expected a tokenizer with an end token; that of 'tiny llama' has none"):
         _ = base.end_id
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from rich.console import Console
-from tiny import tiny_model, tiny_tokenizer
+from tiny import base_of, tiny_model, tiny_tokenizer
 from transformers import BartConfig
 from transformers.utils import logging
 
@@ -33,7 +33,7 @@ from benchmarks.report import report
 from benchmarks.runs import MOST_RATES, Runs, best_rate
 from benchmarks.study import Arm, Data, Study, Unit, compare, lines, sampled, todo
 from foreword.attach import attach
-from foreword.bases import Base, load_base
+from foreword.bases import load_base
 from foreword.data import rows_of
 from foreword.evaluate import paired_bootstrap
 from foreword.loss import mean_loss
@@ -44,10 +44,6 @@ from foreword.tasks import Example
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 RECORDS = [{"input": f"item {i}", "output": f"{i} is {'odd' if i % 2 else 'even'}"} for i in range(11)]
-
-
-def base_of(family: str, dtype: torch.dtype = torch.float32) -> Base:
-    return Base(tiny_model(family, dtype=dtype), tiny_tokenizer(family), f"tiny {family}")
 
 
 # learning rates and runs
@@ -107,7 +103,7 @@ def test_runs_go_on_and_are_not_done_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_method_learns_and_its_prefix_is_what_it_learnt(method: str, dtype: torch.dtype) -> None:
-    base = base_of("llama", dtype)
+    base = base_of("llama", dtype=dtype)
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     rows = rows_of(base, RECORDS, Framing())
     learner = METHODS[method](base, rows, Options(length=3, rank=2, seed=1))

@@ -545,9 +545,9 @@ BEFORE = {
     "patience alone": ([*TRAIN, "--data", "rows.jsonl", "--patience", "1", "--out", "p"], "patience .* give development rows"),
     # of what is written
     "out: there": ([*TRAIN, "--data", "rows.jsonl", "--out", "old.safetensors"], "old.safetensors is there already: .* --overwrite"),
-    "out: a folder": ([*TRAIN, "--data", "rows.jsonl", "--out", "folder"], "expected a file name for the prefix; folder is a folder"),
+    "out: a folder": ([*TRAIN, "--data", "rows.jsonl", "--out", "folder"], "expected a file to write to; folder is a folder"),
     "out: below a file": ([*TRAIN, "--data", "rows.jsonl", "--out", "old.safetensors/p"], "expected a folder to write to; old.safetensors is none"),
-    "out: here": ([*TRAIN, "--data", "rows.jsonl", "--out", "."], "expected a file name for the prefix; . is a folder"),
+    "out: here": ([*TRAIN, "--data", "rows.jsonl", "--out", "."], "expected a file to write to; . is a folder"),
     "out: a device": ([*TRAIN, "--data", "rows.jsonl", "--out", "/dev/full"], "/dev/full is a folder or a device"),
     "out: the data": ([*TRAIN, "--data", "rows.jsonl", "--out", "rows.jsonl", "--overwrite"], "expected another file to write to than rows.jsonl"),
     "out: of a killed run": ([*TRAIN, "--data", "rows.jsonl", "--out", "left.safetensors"], "is of a run that did not end: give --resume"),

@@ -203,7 +203,8 @@ def test_the_bar(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "err", screen)
     monkeypatch.setattr(cli_many, "err", screen)
     users = foreword.many.UserFile(data)
-    with cli_many._progress(users, epochs=3, process=0, processes=1) as progress:
+    progress = cli_many._Progress(users, epochs=3, process=0, processes=1)
+    with progress.bar:
         (task,) = progress.bar.tasks
         assert task.total == 3 * len(LINES) == 60
         progress.step(8)
@@ -218,9 +219,9 @@ def test_the_bar(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cyd: odd [rows]" in screen.file.getvalue()  # type: ignore[attr-defined]
     assert "5/5 users" in screen.file.getvalue()  # type: ignore[attr-defined]
     assert "1 failed" in screen.file.getvalue()  # type: ignore[attr-defined]
-    with cli_many._progress(users, epochs=3, process=1, processes=2) as progress:
-        assert progress.bar.disable
-        assert progress.left == 3 * (SIZES["bob"] + SIZES["dee"])
+    progress = cli_many._Progress(users, epochs=3, process=1, processes=2)
+    assert progress.bar.disable
+    assert progress.left == 3 * (SIZES["bob"] + SIZES["dee"])
 
 
 def test_the_store(run: Run, prefix: Path, tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_the_store(run: Run, prefix: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in run("store", "ls", "S", "--json", "--limit", 2).out.splitlines()]
     assert [line["name"] for line in lines] == ["Zoë", "[red]bob"]
     assert lines[0]["sha256"] == first
-    assert run("store", "ls", "S", "--prefix", "a/").out.split()[-1] == "a/../b"
+    assert run("store", "ls", "S", "--begins", "a/").out.split()[-1] == "a/../b"
     assert run("store", "ls", "S", "--after", "[red]bob").out.count("\n") == 1
 
     other = Prefix.load(prefix)

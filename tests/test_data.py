@@ -11,14 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import BOS, CONTEXT, DECODER_ONLY, ENCODER_DECODER, EOS, PAD, random_prefix, tiny_model, tiny_tokenizer
+from tiny import (
+    BOS,
+    CONTEXT,
+    DECODER_ONLY,
+    ENCODER_DECODER,
+    EOS,
+    PAD,
+    random_prefix,
+    refused,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tokenizers import processors
 from torch.nn.functional import cross_entropy
 
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.data import Row, batches, collate, frame, read_records, rows_of
-from foreword.errors import DataError, ForewordError, SettingsError, TooLongError
+from foreword.errors import DataError, SettingsError, TooLongError
 from foreword.prefix import Framing
 
 ALL = (*DECODER_ONLY, *ENCODER_DECODER)
@@ -61,11 +72,6 @@ def head(family: str) -> list[int]:
 
 def x_of(base: Base, family: str, text: str) -> list[int]:
     return [*head(family), *ids(base, text), *([EOS] if family in ENCODER_DECODER else [])]
-
-
-def refused(kind: type[ForewordError], message: str) -> Any:
-    """A context in which an error of this kind is raised, whose one line holds `message`."""
-    return pytest.raises(kind, match=rf"\A[^\n]*{message}[^\n]*\Z")
 
 
 # ---- files -----------------------------------------------------------------------------------------------

@@ -14,7 +14,19 @@ import pytest
 import torch
 import transformers.utils.logging
 from reference import attention_layers, logits_by_hand
-from tiny import BOS, CONTEXT, DECODER_ONLY, ENCODER_DECODER, EOS, PAD, VOCAB, random_prefix, tiny_model, tiny_tokenizer
+from tiny import (
+    BOS,
+    CONTEXT,
+    DECODER_ONLY,
+    ENCODER_DECODER,
+    EOS,
+    PAD,
+    VOCAB,
+    random_prefix,
+    refused,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -151,10 +163,6 @@ def scripted(base: Base, tokens: Sequence[int]) -> Iterator[list[int]]:
 
 def bytes_of(base: Base, text: str) -> list[int]:
     return base.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def refused(kind: type[Exception], message: str) -> Any:
-    return pytest.raises(kind, match=rf"\A[^\n]*{message}[^\n]*\Z")
 
 
 # ---- rows and their prefixes -----------------------------------------------------------------------------

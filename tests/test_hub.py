@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from test_cli import Run, base, folders, prefix, run  # noqa: F401
 from tiny import random_prefix, tiny_model
 
-from foreword.errors import DataError, HubError, PrefixFileError, SettingsError, TrainingError
+from foreword.errors import DataError, HubError, PrefixFileError, SettingsError
 from foreword.hub import model_card, pull, push
 from foreword.prefix import Card, Framing, Prefix
 
@@ -199,7 +199,7 @@ def test_a_second_push_is_a_second_version_and_keeps_the_card(hub: FakeHub, tmp_
     assert files["prefix.safetensors"] == new.read_bytes()
     out = tmp_path / "got.safetensors"
     assert pull("somebody/voice", out, endpoint=hub.url).card.base == "org/other"
-    with pytest.raises(TrainingError, match="got.safetensors is there already"):
+    with pytest.raises(SettingsError, match="got.safetensors is there already"):
         pull("somebody/voice", out, endpoint=hub.url)
     assert pull("somebody/voice", out, revision=first, overwrite=True, endpoint=hub.url).card.base == "org/tiny"
     assert out.read_bytes() == old.read_bytes()
@@ -278,7 +278,7 @@ def test_the_card_command(run: Run, prefix: Path, tmp_path: Path) -> None:
     again = run("card", path)
     assert again.code == 2
     assert again.err.startswith("error: ")
-    assert "README.md is there already: name another file with --out, or give --overwrite" in again.err
+    assert "README.md is there already: choose another name, or give --overwrite" in again.err
     assert (tmp_path / "README.md").read_text("utf-8") == expected
     assert run("card", path, "--overwrite", "--name", "other").code == 0
     assert "# other" in (tmp_path / "README.md").read_text("utf-8")

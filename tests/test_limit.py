@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tiny import BUILDERS, base_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from foreword.attach import attach
-from foreword.bases import Base
 from foreword.data import Row, collate
 from foreword.limit import Work, product_rate
 from foreword.loss import forward_loss
 from foreword.reparam import trainable_prefix
-from tests.tiny import BUILDERS, tiny_model, tiny_tokenizer
 
 
 class Counter(TorchDispatchMode):
@@ -27,10 +26,6 @@ class Counter(TorchDispatchMode):
         if func._overloadpacket in flop_registry:
             self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
-
-
-def base_of(family: str) -> Base:
-    return Base(tiny_model(family), tiny_tokenizer(family), f"tiny {family}")
 
 
 @pytest.mark.parametrize("family", BUILDERS)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import BUILDERS, tiny_model, tiny_tokenizer
 
 from foreword import loss
 from foreword.attach import attach
@@ -14,7 +15,6 @@ from foreword.data import Batch, collate, rows_of
 from foreword.loss import forward_loss, token_losses
 from foreword.prefix import Framing
 from foreword.reparam import trainable_prefix
-from tests.tiny import BUILDERS, tiny_model, tiny_tokenizer
 
 
 def tiny_base(family: str, **how: Any) -> Base:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import Killed, base_bytes, cached_base, content, fresh_base, own_prefix, settings_of
-from tiny import BUILDERS, CONTEXT
+from test_training import Killed, cached_base, content, fresh_base, own_prefix, settings_of
+from tiny import BUILDERS, CONTEXT, base_bytes
 from tokenizers import normalizers
 
 import foreword.many

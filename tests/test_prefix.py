@@ -19,7 +19,8 @@ from tiny import random_prefix, tiny_model
 
 from foreword.attach import section_shapes
 from foreword.errors import ForewordError, PrefixFileError, SettingsError, WrongBaseError
-from foreword.prefix import FORMAT, Card, Framing, Layer, Prefix, write_atomically
+from foreword.prefix import FORMAT, Card, Framing, Layer, Prefix
+from foreword.writing import write_atomically
 
 FULL_CARD = Card(
     base="some/base",

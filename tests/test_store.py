@@ -170,16 +170,18 @@ def store(url: str, clock: Clock) -> Store:
 
 
 def files_of(store: Store, below: str = "") -> list[str]:
-    top = store.run_folder("x").split("/runs/")[0]
+    top = store._files.root
     try:
-        return sorted(path.removeprefix(f"{top}/") for path in store.filesystem.find(f"{top}/{below}".rstrip("/")))
+        return sorted(
+            path.removeprefix(f"{top}/") for path in store._files.filesystem.find(f"{top}/{below}".rstrip("/"))
+        )
     except FileNotFoundError:
         return []
 
 
 def path_of(store: Store, version: Version) -> str:
     (path,) = (path for path in files_of(store, "names") if version.sha256 in path and version.id in path)
-    return f"{store.run_folder('x').split('/runs/')[0]}/{path}"
+    return f"{store._files.root}/{path}"
 
 
 def names_of(store: Store, **arguments: Any) -> list[str]:
@@ -315,7 +317,7 @@ def test_a_damaged_object(store: Store) -> None:
     first, second = store.put("alice", bytes_of(1)), store.put("alice", bytes_of(2))
     data = bytearray(bytes_of(2))
     data[-1] ^= 1
-    store.filesystem.pipe_file(path_of(store, second), bytes(data))
+    store._files.filesystem.pipe_file(path_of(store, second), bytes(data))
     with pytest.raises(
         PrefixFileError, match=rf"version {second.sha256[:12]} of 'alice' is damaged, its hash is another"
     ):
@@ -378,7 +380,7 @@ def test_hostile_names(store: Store, tmp_path: Path) -> None:
 def test_unusable_names(store: Store, name: Any, message: str) -> None:
     for call in (
         lambda: store.put(name, bytes_of(1)),
-        *(lambda f=f: f(name) for f in (store.get, store.newest, store.versions, store.delete, store.run_folder)),
+        *(lambda f=f: f(name) for f in (store.get, store.newest, store.versions, store.delete)),
     ):
         with pytest.raises(StoreError, match=message) as caught:
             call()
@@ -391,7 +393,7 @@ def test_a_name_is_its_nfc(store: Store) -> None:
     store.put("Zoe\u0308", bytes_of(1))
     assert store.newest("Zo\u00eb").name == "Zo\u00eb"
     assert key_of("Zoe\u0308") == key_of("Zo\u00eb") != key_of("Zoe")
-    assert names_of(store, prefix="Zoe\u0308") == ["Zo\u00eb"]
+    assert names_of(store, begins="Zoe\u0308") == ["Zo\u00eb"]
     assert names_of(store, after="Zoe\u0308") == []
     assert check_name("e\u0301" * 256) == "\u00e9" * 256
     # compatibility forms are names of their own
@@ -436,12 +438,9 @@ def test_a_folder_with_odd_characters(tmp_path: Path) -> None:
     for folder in (tmp_path / "a [b] *?", "memory://a [b] *", tmp_path / "a::b", tmp_path / "a::c"):
         store = Store(folder, create=True)
         store.put("alice", bytes_of(1))
-        store.filesystem.makedirs(store.run_folder("alice"), exist_ok=True)
-        store.filesystem.pipe_file(f"{store.run_folder('alice')}/state", b"x")
         assert names_of(store) == ["alice"]
         assert store.rebuild() == 1
         store.delete("alice")
-        assert files_of(store, "runs") == []
     assert sorted(os.listdir(tmp_path)) == ["a [b] *?", "a::b", "a::c"]
 
 
@@ -452,10 +451,6 @@ def test_delete_leaves_nothing(store: Store) -> None:
     for seed in range(3):
         store.put("alice", bytes_of(seed))
     store.put("bob", bytes_of(0))
-    kept = store.run_folder("bob")
-    for name in ("alice", "bob"):
-        store.filesystem.makedirs(f"{store.run_folder(name)}/deep", exist_ok=True)
-        store.filesystem.pipe_file(f"{store.run_folder(name)}/deep/optimizer", b"state")
     assert store.delete("alice") == 3
     with pytest.raises(NoSuchPrefixError, match="no prefix named 'alice'"):
         store.get("alice")
@@ -467,28 +462,10 @@ def test_delete_leaves_nothing(store: Store) -> None:
     left = [path for path in files_of(store, "names") if key_of("alice") in path]
     assert len(left) == 1
     assert left[0].endswith("-deleted")
-    assert not any(b"alice" in store.filesystem.cat_file(path) for path in store.filesystem.find(store.url))
-    assert [path for path in files_of(store, "runs")] == [f"runs/{kept.split('/runs/')[1]}/deep/optimizer"]
+    assert not any(
+        b"alice" in store._files.filesystem.cat_file(path) for path in store._files.filesystem.find(store.url)
+    )
     assert list(store.verify()) == []
-
-
-def test_delete_what_only_a_run_left(store: Store) -> None:
-    store.filesystem.makedirs(store.run_folder("alice"), exist_ok=True)
-    store.filesystem.pipe_file(f"{store.run_folder('alice')}/optimizer", b"state")
-    assert store.delete("alice") == 0
-    assert files_of(store, "runs") == []
-
-
-def test_a_run_begun_after_a_deletion_is_left_alone(url: str) -> None:
-    store = Store(url, create=True, clock=lambda: time.time() - 2 * HOUR)
-    store.put("alice", bytes_of(1))
-    store.delete("alice")
-    now = Store(url)
-    now.filesystem.makedirs(now.run_folder("alice"), exist_ok=True)
-    now.filesystem.pipe_file(f"{now.run_folder('alice')}/optimizer", b"state")
-    assert [problem.path for problem in now.verify()] == []
-    now.rebuild()
-    assert len(files_of(now, "runs")) == 1
 
 
 def test_a_deleted_name_may_come_back(store: Store) -> None:
@@ -704,8 +681,8 @@ def test_pages(store: Store, limit: int) -> None:
     for name in names:
         store.put(name, bytes_of(0))
     assert all_pages(store, limit) == names
-    assert all_pages(store, limit, prefix="bob") == names[7:]
-    assert all_pages(store, limit, prefix="c") == []
+    assert all_pages(store, limit, begins="bob") == names[7:]
+    assert all_pages(store, limit, begins="c") == []
     assert [version.name for version in store.page("ann3", 2).versions] == ["ann4", "ann5"]
     with pytest.raises(SettingsError, match="expected a page of 1 name or more; got limit=0"):
         store.page(limit=0)
@@ -761,7 +738,7 @@ def test_the_index_can_be_lost_or_damaged(url: str, store: Store, clock: Clock) 
     store.put("later", bytes_of(1))
     wanted = names_of(store)
     (index,) = files_of(store, "index")
-    top = store.run_folder("x").split("/runs/")[0]
+    top = store._files.root
     for damage in (
         b"",
         b"{",
@@ -770,10 +747,10 @@ def test_the_index_can_be_lost_or_damaged(url: str, store: Store, clock: Clock) 
         b'{"at": 1, "versions": [["\\ud800", 1, "a", "b"]]}',
         b"\xff",
     ):
-        store.filesystem.pipe_file(f"{top}/{index}", damage)
+        store._files.filesystem.pipe_file(f"{top}/{index}", damage)
         assert names_of(Store(url, clock=clock)) == wanted
     for path in files_of(store, "index") + files_of(store, "changes"):
-        store.filesystem.rm_file(f"{top}/{path}")
+        store._files.filesystem.rm_file(f"{top}/{path}")
     assert names_of(Store(url, clock=clock)) == wanted
     store = Store(url, clock=clock)
     assert store.rebuild() == 6
@@ -815,10 +792,10 @@ def test_verify_finds_what_was_copied_in(store: Store, tmp_path: Path) -> None:
     other.put("bob", bytes_of(3))
     store.put("alice", bytes_of(1))
     store.rebuild()
-    top = store.run_folder("x").split("/runs/")[0]
+    top = store._files.root
     for path in files_of(other, "names"):
-        store.filesystem.makedirs(f"{top}/{path}".rsplit("/", 1)[0], exist_ok=True)
-        store.filesystem.pipe_file(f"{top}/{path}", (tmp_path / "other" / path).read_bytes())
+        store._files.filesystem.makedirs(f"{top}/{path}".rsplit("/", 1)[0], exist_ok=True)
+        store._files.filesystem.pipe_file(f"{top}/{path}", (tmp_path / "other" / path).read_bytes())
     assert equal(store.get("bob"), prefix_of(3))
     assert [(problem.name, problem.what) for problem in store.verify()] == [
         ("bob", "the index says otherwise than the files: rebuild it")
@@ -829,13 +806,13 @@ def test_verify_finds_what_was_copied_in(store: Store, tmp_path: Path) -> None:
 
 def test_verify_finds_a_missing_name(store: Store) -> None:
     store.put("alice", bytes_of(1))
-    top = store.run_folder("x").split("/runs/")[0]
+    top = store._files.root
     path = f"names/{key_of('alice')[:2]}/{key_of('alice')}/name.txt"
     for text in (None, b"bob", b"\xff"):
         if text is None:
-            store.filesystem.rm_file(f"{top}/{path}")
+            store._files.filesystem.rm_file(f"{top}/{path}")
         else:
-            store.filesystem.pipe_file(f"{top}/{path}", text)
+            store._files.filesystem.pipe_file(f"{top}/{path}", text)
         assert equal(store.get("alice"), prefix_of(1))
         problems = list(store.verify())
         assert (problems[0].path, problems[0].what.split(",")[0]) == (
@@ -904,7 +881,6 @@ def world(clock: Clock) -> Store:
     store.put("gone", bytes_of(0))
     store.delete("gone")
     store.rebuild()
-    store.filesystem.pipe_file(f"{store.run_folder('alice')}/optimizer", b"state")
     return store
 
 
@@ -1005,8 +981,8 @@ def test_rebuild_ends_what_was_cut_off(probe: type[ProbeFileSystem], again: bool
     clock.now += 2 * HOUR
     left = [problem for problem in store.verify() if "deletion" in problem.what]
     assert {problem.what for problem in left} == {"left by a deletion that was cut off: rebuild, which ends it"}
-    # two objects, what a run left, and the name, unless it is there again
-    assert len(left) == (3 if again else 4)
+    # two objects, and the name, unless it is there again
+    assert len(left) == (2 if again else 3)
     store.rebuild()
     assert list(store.verify()) == []
     assert files_of(store, "runs") == []

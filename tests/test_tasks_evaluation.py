@@ -135,10 +135,10 @@ def test_a_file_of_something_else_is_not_taken(tmp_path: Path, name: str, conten
 def test_an_input_that_is_too_long_is_named_before_anything_is_generated(tmp_path: Path) -> None:
     base, prefix = of_gpt2()
     long = Example("a" * CONTEXT, ("y",), None, "dev:2")
-    message = f"the input 'dev:2': expected at most {CONTEXT} positions"
+    message = f"^input 6: expected at most {CONTEXT} positions"
     done: list[int] = []
     with pytest.raises(TooLongError, match=message):
-        outputs_of(lambda: base, prefix, [long, *EXAMPLES], SETTINGS, tmp_path / "o.jsonl", on_rows=done.append)
+        outputs_of(lambda: base, prefix, [*EXAMPLES, long], SETTINGS, tmp_path / "o.jsonl", on_rows=done.append)
     assert sum(done) == 0
     assert not list(tmp_path.iterdir())
 
@@ -161,8 +161,7 @@ def test_groups_of_webnlg() -> None:
     }
 
 
-def test_groups_of_held_out_categories_and_of_others() -> None:
-    assert groups_of("webnlg", EXAMPLES, seen=("City",))["seen"] == [3]
+def test_groups_of_other_categories() -> None:
     assert groups_of("dart", EXAMPLES).keys() == {"all", "Artist", "City", "Food"}
     assert groups_of("webnlg", [EXAMPLES[0], EXAMPLES[2]]) == {"all": [0, 1]}
     plain = [Example("x", ("y",), None, "1"), Example("x", ("y",), "all", "2"), Example("x", ("y",), "b", "3")]

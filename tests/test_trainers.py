@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from tiny import tiny_model, tiny_tokenizer
+from tiny import base_bytes, base_of
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -39,18 +38,6 @@ def _silence() -> Iterator[None]:
     logging.disable_progress_bar()
     yield
     logging.enable_progress_bar()
-
-
-def base_of(family: str) -> Base:
-    return Base(tiny_model(family), tiny_tokenizer(family), f"tiny {family}")
-
-
-def base_bytes(base: Base) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base.model.state_dict().items()):
-        if not name.startswith("foreword."):
-            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def logits(base: Base) -> torch.Tensor:

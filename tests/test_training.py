@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 import resource
@@ -22,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
-from tiny import BUILDERS, CONTEXT, EOS, random_prefix, tiny_model, tiny_tokenizer
+from tiny import BUILDERS, CONTEXT, EOS, base_bytes, random_prefix, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 from foreword.attach import Stack, attach
@@ -58,14 +57,6 @@ def settings_of(**more: Any) -> TrainSettings:
 def own_prefix(base: Base, length: int = 5, seed: int = 0) -> Prefix:
     prefix = random_prefix(base.model, length, seed=seed)
     return Prefix(prefix.sections, Card(base=base.name, fingerprint=base.fingerprint))
-
-
-def base_bytes(base: Base) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base.model.state_dict().items()):
-        if not name.startswith("foreword."):
-            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def content(what: Prefix | Path) -> bytes:
@@ -594,19 +585,19 @@ def test_what_is_there_is_not_replaced(tmp_path: Path, kind: str) -> None:
         message = "is there already: choose another name, or give --overwrite"
     elif kind == "folder":
         out.mkdir()
-        message = "expected a file name for the prefix; .* is a folder or a device"
+        message = "expected a file to write to; .* is a folder or a device"
     elif kind == "device":
         out = Path("/dev/null")
-        message = "expected a file name for the prefix; .* is a folder or a device"
+        message = "expected a file to write to; .* is a folder or a device"
     else:
         (tmp_path / "file").write_text("dear")
         out = tmp_path / "file" / "p.safetensors"
         message = "expected a folder to write to; .*file is none"
     steps: list[int] = []
     for resume in (False, True):
-        with pytest.raises(TrainingError, match=message):
+        with pytest.raises(SettingsError, match=message):
             train(cached_base(), ROWS, out=out, resume=resume, on_step=lambda p: steps.append(p.step))
-        with pytest.raises(TrainingError, match=message):
+        with pytest.raises(SettingsError, match=message):
             check_out(out, resume=resume)
     assert not steps
     assert all(path.is_dir() or path.read_text() == "dear" for path in tmp_path.iterdir())
@@ -622,7 +613,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     steps: list[int] = []
     with pytest.raises(
-        TrainingError, match=r"expected a folder to write to; .* is none \(Permission denied\): choose another"
+        SettingsError, match=r"expected a folder to write to; .* is none \(Permission denied\): choose another"
     ):
         train(cached_base(), ROWS, out=tmp_path / "p.safetensors", on_step=lambda p: steps.append(p.step))
     assert not steps

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -28,6 +30,7 @@ from transformers import (
 )
 
 from foreword.attach import section_shapes
+from foreword.bases import Base
 from foreword.prefix import Card, Prefix
 
 VOCAB = 263
@@ -204,3 +207,21 @@ def tiny_tokenizer(family: str = "gpt2") -> PreTrainedTokenizerFast:
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
+
+
+def base_of(family: str, **more: Any) -> Base:
+    return Base(tiny_model(family, **more), tiny_tokenizer(family), f"tiny {family}")
+
+
+def base_bytes(base: Base) -> str:
+    """A hash of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.model.state_dict().items()):
+        if not name.startswith("foreword."):
+            digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def refused(kind: type[Exception], message: str) -> Any:
+    """A context in which an error of this kind is raised, whose one line holds `message`."""
+    return pytest.raises(kind, match=rf"\A[^\n]*{message}[^\n]*\Z")

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from foreword.attach import FAMILIES, section_shapes, sections_of
 from foreword.builtin import BUILT_IN, cache_folder, progress_bar
-from foreword.errors import BaseLoadError, ForewordError, MissingExtraError, SettingsError
+from foreword.errors import BaseLoadError, ForewordError, MissingExtraError, SettingsError, one_line
 
 __all__ = ["DTYPES", "Base", "built_in_folder", "cache_folder", "load_base"]
 
@@ -344,12 +344,7 @@ def _load(
             f"{name!r} in {dtype} does not fit on {device}: choose a smaller base, or another dtype or device"
         ) from None
     except Exception as error:  # transformers, tokenizers, safetensors, gguf and the hub raise what they like
-        raise BaseLoadError(f"cannot load {name!r} ({_one_line(error)}): {cure}") from error
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"
+        raise BaseLoadError(f"cannot load {name!r} ({one_line(error)}): {cure}") from error
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -360,7 +355,7 @@ def _device(device: torch.device | str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(
-            f"expected a device of this machine, such as cpu; got {str(device)!r} ({_one_line(error)})"
+            f"expected a device of this machine, such as cpu; got {str(device)!r} ({one_line(error)})"
         ) from None
     return device
 

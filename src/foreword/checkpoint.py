@@ -6,7 +6,6 @@ It holds what changes while a prefix is trained, and the hash of what does not. 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from foreword.errors import TrainingError
-from foreword.prefix import write_atomically
+from foreword.writing import check_new, write_atomically
 
 __all__ = ["check_out", "checkpoint_of", "read_checkpoint", "write_checkpoint"]
 
@@ -34,12 +33,10 @@ def check_out(out: str | PathLike[str], *, resume: bool | None = False, overwrit
     what is no training run, and cannot go on with one.
 
     Raises:
-        TrainingError: something is there that would be lost, or that is no file; or nothing can be written there.
+        TrainingError: a run's checkpoint is there, which would be lost.
+        SettingsError: as `check_new`.
     """
-    out = Path(out)
     checkpoint = checkpoint_of(out)
-    if out.exists() and not out.is_file():
-        raise TrainingError(f"expected a file name for the prefix; {out} is a folder or a device")
     if checkpoint.exists() and not (resume or overwrite):
         if resume is None:
             raise TrainingError(
@@ -47,15 +44,7 @@ def check_out(out: str | PathLike[str], *, resume: bool | None = False, overwrit
                 "--overwrite"
             )
         raise TrainingError(f"{checkpoint} is of a run that did not end: give --resume to go on, or --overwrite")
-    if out.exists() and not (overwrite or (resume and checkpoint.exists())):
-        raise TrainingError(f"{out} is there already: choose another name, or give --overwrite")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise TrainingError(
-            f"expected a folder to write to; {out.parent} is none ({error.strerror}): choose another"
-        ) from None
+    check_new(out, overwrite=overwrite or (resume is True and checkpoint.exists()))
 
 
 def write_checkpoint(

@@ -17,8 +17,10 @@ from rich.progress import TextColumn
 from foreword import cli_hub, cli_many, cli_serve, cli_tasks
 from foreword import terminal as t
 from foreword.errors import ForewordError, MissingExtraError, SettingsError
+from foreword.settings import TrainSettings
 from foreword.terminal import err, out, shown
 from foreword.version import __version__
+from foreword.writing import check_apart, check_new
 
 __all__ = ["app", "main"]
 
@@ -89,23 +91,25 @@ def train(
     template: t.Template = None,
     chat: t.Chat = False,
     max_input_tokens: t.MaxInputTokens = None,
-    max_output_tokens: t.MaxOutputTokens = None,
-    length: t.Length = 10,
-    reparametrization: t.Reparametrization = "mlp",
-    hidden: t.Hidden = None,
-    init: t.Init = "activations",
-    init_text: t.InitText = None,
+    max_output_tokens: t.MaxOutputTokens = TrainSettings.max_output_tokens,
+    length: t.Length = TrainSettings.length,
+    reparametrization: t.Reparametrization = TrainSettings.reparametrization,
+    hidden: t.Hidden = TrainSettings.hidden,
+    init: t.Init = TrainSettings.init,
+    init_text: t.InitText = TrainSettings.init_text,
     init_from: Annotated[Path | None, typer.Option(help="A saved prefix to go on from.")] = None,
-    lr: t.LearningRate = None,
-    epochs: t.Epochs = 5,
-    batch_size: Annotated[int, typer.Option(help="Rows through the base at once, on each process.")] = 16,
-    accumulation: Annotated[int, typer.Option(help="Such batches to one step.")] = 1,
-    warmup: t.Warmup = 0.1,
-    clip: t.Clip = 1.0,
-    weight_decay: t.WeightDecay = 0.0,
-    patience: t.Patience = 0,
-    gradient_checkpointing: t.Checkpointing = False,
-    seed: t.Seed = 0,
+    lr: t.LearningRate = TrainSettings.lr,
+    epochs: t.Epochs = TrainSettings.epochs,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows through the base at once, on each process.")
+    ] = TrainSettings.batch_size,
+    accumulation: Annotated[int, typer.Option(help="Such batches to one step.")] = TrainSettings.accumulation,
+    warmup: t.Warmup = TrainSettings.warmup,
+    clip: t.Clip = TrainSettings.clip,
+    weight_decay: t.WeightDecay = TrainSettings.weight_decay,
+    patience: t.Patience = TrainSettings.patience,
+    gradient_checkpointing: t.Checkpointing = TrainSettings.gradient_checkpointing,
+    seed: t.Seed = TrainSettings.seed,
     save_dtype: t.SaveDtype = "bfloat16",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the checkpoint of a killed run, if there is one.")
@@ -145,7 +149,7 @@ def train(
         dev_records = read_records(dev, input=input, output=output)
         check_records(dev_records, framing, what=f"{dev}, record")
     check_dev(settings, dev_records)
-    t.keep(out_file, data, dev)
+    check_apart(out_file, data, dev)
     check_out(out_file, resume=resume, overwrite=overwrite)
     start = None if init_from is None else Prefix.load(init_from)
     if log_with is not None and log_with not in TRACKERS:
@@ -291,7 +295,8 @@ def generate(
     assert output_file is not None
     rows, names = read_records(input_file), column_names(input, "output")
     records = [renamed(row, names, f"{input_file}, record {number}") for number, row in enumerate(rows, 1)]
-    t.keep(output_file, input_file, prefix)
+    check_apart(output_file, input_file, prefix)
+    check_new(output_file, overwrite=overwrite)
     opened = None if store is None else Store(store)
     if store is not None and prefix is None and not any(record.get("prefix") for record in records):
         raise SettingsError(
@@ -308,8 +313,6 @@ def generate(
         if name is not None and name not in named:
             named[name] = Prefix.load(input_file.parent / name) if opened is None else opened.get(name)
         own.append(shared if name is None else named[name])
-    if output_file.is_file() and not overwrite:
-        raise SettingsError(f"{output_file} is there already: choose another name, or give --overwrite")
     with t.bar() as bar:
         task = bar.add_task(f"generating {output_file.name}", total=len(records))
         kept = Outputs(
@@ -361,9 +364,8 @@ def import_peft(
     from foreword.interop import peft
 
     check_out(out_file, resume=None, overwrite=overwrite)
-    framing = None if template is None else t.framing_of(template, chat=False, max_input_tokens=None)
-    if framing is not None:
-        fields_of(framing.template)
+    framing = t.framing_of(template, chat=False, max_input_tokens=None)
+    fields_of(framing.template)
     prefix = peft.import_peft(folder, load_base(base, device="cpu"), framing=framing)
     prefix.save(out_file, t.file_dtype("float32"))
     out.print(f"{shown(str(out_file))}: {prefix.length} virtual tokens")

@@ -11,6 +11,7 @@ import typer
 from foreword import terminal as t
 from foreword.errors import DataError, SettingsError
 from foreword.terminal import err, out, shown
+from foreword.writing import check_apart, check_new, write_atomically
 
 if TYPE_CHECKING:
     from foreword.prefix import Prefix
@@ -42,13 +43,12 @@ def card(
     overwrite: t.Overwrite = False,
 ) -> None:
     """Write a model card for a prefix: README.md as the Hugging Face hub has it."""
-    from foreword.prefix import Prefix, write_atomically
+    from foreword.prefix import Prefix
 
     prefix = Prefix.load(file)
     out_file = out_file or file.with_name("README.md")
-    t.keep(out_file, file, *(evaluation or ()))
-    if out_file.exists() and not overwrite:
-        raise SettingsError(f"{out_file} is there already: name another file with --out, or give --overwrite")
+    check_apart(out_file, file, *(evaluation or ()))
+    check_new(out_file, overwrite=overwrite)
     text = _card(prefix, name or file.stem, licence, language, data, evaluation)
     with write_atomically(out_file) as aside:
         aside.write_text(text, encoding="utf-8")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,9 @@ from rich.progress import TextColumn
 
 from foreword import terminal as t
 from foreword.errors import SettingsError
+from foreword.settings import TrainSettings
 from foreword.terminal import err, out, shown
+from foreword.writing import check_apart, write_atomically
 
 if TYPE_CHECKING:
     from foreword.many import UserFile, UserReport
@@ -46,25 +48,25 @@ def train_many(
     template: t.Template = None,
     chat: t.Chat = False,
     max_input_tokens: t.MaxInputTokens = None,
-    max_output_tokens: t.MaxOutputTokens = None,
-    length: t.Length = 10,
-    reparametrization: t.Reparametrization = "mlp",
-    hidden: t.Hidden = None,
-    init: t.Init = "activations",
-    init_text: t.InitText = None,
+    max_output_tokens: t.MaxOutputTokens = TrainSettings.max_output_tokens,
+    length: t.Length = TrainSettings.length,
+    reparametrization: t.Reparametrization = TrainSettings.reparametrization,
+    hidden: t.Hidden = TrainSettings.hidden,
+    init: t.Init = TrainSettings.init,
+    init_text: t.InitText = TrainSettings.init_text,
     init_from: Annotated[
         Path | None, typer.Option(help="A shared prefix that everybody starts from; it carries what it was trained on.")
     ] = None,
-    lr: t.LearningRate = None,
-    epochs: t.Epochs = 5,
-    batch_size: Annotated[int, typer.Option(help="Rows of each user that make a batch.")] = 16,
-    accumulation: Annotated[int, typer.Option(help="Such batches to one step of a user.")] = 1,
-    warmup: t.Warmup = 0.1,
-    clip: t.Clip = 1.0,
-    weight_decay: t.WeightDecay = 0.0,
-    patience: t.Patience = 0,
-    gradient_checkpointing: t.Checkpointing = False,
-    seed: t.Seed = 0,
+    lr: t.LearningRate = TrainSettings.lr,
+    epochs: t.Epochs = TrainSettings.epochs,
+    batch_size: Annotated[int, typer.Option(help="Rows of each user that make a batch.")] = TrainSettings.batch_size,
+    accumulation: Annotated[int, typer.Option(help="Such batches to one step of a user.")] = TrainSettings.accumulation,
+    warmup: t.Warmup = TrainSettings.warmup,
+    clip: t.Clip = TrainSettings.clip,
+    weight_decay: t.WeightDecay = TrainSettings.weight_decay,
+    patience: t.Patience = TrainSettings.patience,
+    gradient_checkpointing: t.Checkpointing = TrainSettings.gradient_checkpointing,
+    seed: t.Seed = TrainSettings.seed,
     slots: Annotated[int, typer.Option(min=1, help="Users that train at the same time, on each process.")] = 16,
     rows_at_once: Annotated[
         int, typer.Option(min=1, help="Rows through the base at once, whoever they are of; changes no result.")
@@ -87,14 +89,14 @@ def train_many(
     file_dtype = t.file_dtype(save_dtype)
     framing = t.framing_of(template, chat, max_input_tokens)
     report = report or _beside(out_store)
-    t.keep(report, data, dev, init_from)
+    check_apart(report, data, dev, init_from)
 
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
     from foreword import many
     from foreword.bases import load_base
-    from foreword.prefix import Prefix, write_atomically
+    from foreword.prefix import Prefix
     from foreword.store import Store
 
     # whatever can be wrong is looked at before the base, which may be large, is loaded
@@ -111,7 +113,8 @@ def train_many(
         # opened before the work, so that a report that cannot be written is found out now
         aside = stack.enter_context(write_atomically(report)) if state.is_main_process else None
         frozen = load_base(base, dtype=dtype, device=device)
-        progress = stack.enter_context(_progress(users, settings.epochs, state.process_index, state.num_processes))
+        progress = _Progress(users, settings.epochs, state.process_index, state.num_processes)
+        stack.enter_context(progress.bar)
         reports = []
         try:
             for one in many.train_many(
@@ -182,6 +185,8 @@ class _Progress:
             TextColumn("{task.fields[failed]} failed"),
             count=TextColumn(f"{{task.fields[users]}}/{len(own)} users"),
         )
+        # of several processes one has the terminal, and shows its own share
+        self.bar.disable |= process > 0
         self.left = sum(map(users.rows, own)) * epochs
         self.passes, self.users, self.failed = 0, 0, 0
         self.task = self.bar.add_task("training", total=self.left, speed="–", failed=0, users=0)
@@ -214,15 +219,6 @@ class _Progress:
         )
 
 
-@contextmanager
-def _progress(users: UserFile, epochs: int, process: int, processes: int) -> Iterator[_Progress]:
-    progress = _Progress(users, epochs, process, processes)
-    # of several processes one has the terminal, and shows its own share
-    progress.bar.disable = progress.bar.disable or process > 0
-    with progress.bar:
-        yield progress
-
-
 store_app = typer.Typer(help="Look after a store of prefixes.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -239,7 +235,7 @@ def _line(version: Version) -> str:
 @store_app.command(name="ls")
 def list_names(
     store: StoreName,
-    begins: Annotated[str, typer.Option("--prefix", help="Only names that begin so.")] = "",
+    begins: Annotated[str, typer.Option(help="Only names that begin so.")] = "",
     after: Annotated[str, typer.Option(help="Only names that sort after this one.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="No more than so many; by default all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a line a name.")] = False,
@@ -248,7 +244,7 @@ def list_names(
     opened = _open(store)
     cursor: str | None = after
     while cursor is not None:
-        page = opened.page(cursor, min(limit or 1000, 1000), prefix=begins)
+        page = opened.page(cursor, min(limit or 1000, 1000), begins=begins)
         for version in page.versions:
             if as_json:
                 facts = {"name": version.name, "sha256": version.sha256, "time": version.time.isoformat()}
@@ -315,7 +311,7 @@ def get(
 ) -> None:
     """Write a prefix of the store to a file."""
     from foreword.checkpoint import check_out
-    from foreword.prefix import Prefix, write_atomically
+    from foreword.prefix import Prefix
 
     check_out(out_file, resume=None, overwrite=overwrite)
     opened = _open(store)

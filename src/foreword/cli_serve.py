@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -122,18 +123,6 @@ def _may_use(key: Key) -> str:
     return "all, as an admin" if key.admin else ", ".join(key.prefixes) or "the base alone"
 
 
-def _facts(key: Key) -> dict[str, Any]:
-    return {
-        "id": key.id,
-        "label": key.label,
-        "prefixes": list(key.prefixes),
-        "admin": key.admin,
-        "tokens_per_minute": key.tokens_per_minute,
-        "concurrency": key.concurrency,
-        "created": key.created,
-    }
-
-
 @keys_app.command()
 def add(
     file: KeysName,
@@ -164,8 +153,8 @@ def ls(
 ) -> None:
     """List keys, the oldest first."""
     for key in _open(file, there=True).known():
-        facts = _facts(key)
         if as_json:
+            facts = {name: value for name, value in dataclasses.asdict(key).items() if name != "sha256"}
             typer.echo(json.dumps(facts, ensure_ascii=False))
             continue
         limits = [

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from foreword import terminal as t
 from foreword.terminal import err, out, shown
+from foreword.writing import check_apart
 
 if TYPE_CHECKING:
     from foreword.evaluate import Scores
@@ -107,7 +108,7 @@ def evaluate(
     chosen(metrics)
     examples = examples[:limit]
     outputs = outputs or prefix.with_name(f"{prefix.stem}.{task}.outputs.jsonl")
-    t.keep(outputs, prefix, *tasks.files(task, data, split=split))
+    check_apart(outputs, prefix, *tasks.files(task, data, split=split))
 
     def frozen() -> Base:
         return load_base(base, dtype=dtype, device=device)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreword.errors import DataError, SettingsError, TooLongError
+from foreword.errors import DataError, SettingsError, TooLongError, one_line
 from foreword.prefix import Framing
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def read_records(path: str | PathLike[str], *, input: str = "input", output: str
             f"{path}: expected UTF-8; byte {error.start} is not: convert the file, e.g. with iconv -t UTF-8"
         ) from None
     if path.suffix.lower() in (".csv", ".tsv"):
-        records = list(_read_table(path, text, "\t" if path.suffix.lower() == ".tsv" else ","))
+        rows = table_rows(path, text, "\t" if path.suffix.lower() == ".tsv" else ",")
+        records = [record for _, record in rows]
     else:
         records = list(_read_jsonl(path, text))
     if not records:
@@ -146,7 +147,8 @@ def record_of(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _read_table(path: Path, text: str, delimiter: str) -> Iterator[dict[str, Any]]:
+def table_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a table with a header, each with the number of its last line."""
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     limit = csv.field_size_limit(max(len(text), 1))  # the module's own is below the length of some documents
     try:
@@ -160,7 +162,7 @@ def _read_table(path: Path, text: str, delimiter: str) -> Iterator[dict[str, Any
                     f"{path}, line {reader.line_num}: expected {len(fields)} columns, as in the header; this line has "
                     "another number"
                 )
-            yield dict(record)
+            yield reader.line_num, dict(record)
     except csv.Error as error:
         # the reader's number is of the row before
         raise DataError(f"{path}, line {reader.line_num + 1}: not a table ({error})") from None
@@ -301,8 +303,9 @@ def _chat(base: Base, messages: list[dict[str, str]], where: str) -> str:
         text = base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         # a template is a program, and may trip over anything
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{where}: the chat template of {base.name!r} refuses the messages: {why}") from None
+        raise DataError(
+            f"{where}: the chat template of {base.name!r} refuses the messages: {one_line(error)}"
+        ) from None
     assert isinstance(text, str)
     return text
 

@@ -35,6 +35,11 @@ __all__ = [
 ]
 
 
+def one_line(what: object, most: int = 200) -> str:
+    """On one line, and no longer than a message bears: whoever raised it, or wrote the file, chose what it says."""
+    return " ".join(str(what).split())[:most] or type(what).__name__
+
+
 class ForewordError(ValueError):
     """Something the user can mend; the message is one line."""
 

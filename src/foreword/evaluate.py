@@ -108,9 +108,6 @@ def score_files(
     references: str | Path,
     outputs: str | Path,
     metrics: str | Sequence[str] = "e2e",
-    *,
-    samples: int = 0,
-    seed: int = SEED,
 ) -> Scores:
     """`score` of two files, in the formats of `read_references` and `read_outputs`.
 
@@ -128,7 +125,7 @@ def score_files(
             f"{references} has references for {len(groups)} outputs, but {outputs} has {len(hypotheses)}: "
             "expected one output a line, and a blank line between the references of one output and the next"
         )
-    return score(groups, hypotheses, metrics, samples=samples, seed=seed)
+    return score(groups, hypotheses, metrics)
 
 
 def score(

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from foreword.builtin import BUILT_IN
 from foreword.checkpoint import check_out
-from foreword.errors import DataError, ForewordError, HubError, SettingsError
-from foreword.prefix import Card, Prefix, write_atomically
+from foreword.errors import DataError, ForewordError, HubError, SettingsError, one_line
+from foreword.prefix import Card, Prefix
 from foreword.tasks.sources import HUB
 from foreword.training import FILE_NAME
+from foreword.writing import write_atomically
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -248,7 +249,7 @@ def pull(
 
     Raises:
         PrefixFileError: what is there is no prefix. HubError: the hub cannot be reached, or has no such thing.
-        TrainingError: something is at `out` already.
+        SettingsError: something is at `out` already. TrainingError: a run that did not end writes there.
     """
     check_out(out, resume=None, overwrite=overwrite)
     api = _api(endpoint, token)
@@ -285,5 +286,5 @@ def _hub(doing: str) -> Iterator[None]:
 
 def _short(error: BaseException) -> str:
     """Its message, and that of what caused it, on one line."""
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     return text if error.__cause__ is None else f"{text} {_short(error.__cause__)}"

@@ -33,6 +33,7 @@ __all__ = [
     "checkpointing",
     "init_name",
     "make_trainable",
+    "share_at",
 ]
 
 
@@ -111,6 +112,18 @@ def checkpointing(base: Base, wanted: bool) -> Iterator[None]:
         model.eval()
 
 
+def share_at(step: int, steps: int, warmup: float) -> float:
+    """The share of the peak learning rate that a step has: linear warm-up, then linear decay to zero.
+
+    Args:
+        step: counted from 0.
+        steps: of the run.
+        warmup: share of them.
+    """
+    warm = math.ceil(warmup * steps)
+    return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
+
+
 class Learner:
     """Everything that changes while one prefix is trained.
 
@@ -183,10 +196,8 @@ class Learner:
                 yield plan[start : start + self.group_size]
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up to the peak, then linear decay to zero; `step` counts from 0."""
-        warm = math.ceil(self.settings.warmup * self.total_steps)
-        share = (step + 1) / warm if step < warm else (self.total_steps - step) / max(1, self.total_steps - warm)
-        return self.settings.peak_lr * share
+        """The learning rate of a step, see `share_at`."""
+        return self.settings.peak_lr * share_at(step, self.total_steps, self.settings.warmup)
 
     def update(self, loss: float) -> None:
         """Make a step with the gradients that are there.

@@ -21,7 +21,7 @@ from foreword.data import Row
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["Work", "peak_memory", "product_rate"]
+__all__ = ["Work", "peak_memory", "product_rate", "synchronize"]
 
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "o")
 """What the families call the projection that follows attention."""
@@ -115,11 +115,11 @@ def product_rate(base: Base, tokens: int, *, seconds: float = 1.0) -> float:
     x = torch.randn(tokens, weight.shape[1], dtype=base.dtype, device=base.device)
     best, until = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < until:
-        _wait(base)
+        synchronize(base.device)
         began = time.perf_counter()
         for _ in range(10):
             nn.functional.linear(x, weight)
-        _wait(base)
+        synchronize(base.device)
         best = max(best, 10 * 2 * x.shape[0] * weight.numel() / (time.perf_counter() - began))
     return best
 
@@ -133,6 +133,7 @@ def peak_memory(base: Base) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _wait(base: Base) -> None:
-    if base.device.type == "cuda":
-        torch.cuda.synchronize(base.device)
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was given, before the clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

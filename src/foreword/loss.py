@@ -18,7 +18,7 @@ import torch
 
 from foreword.attach import Attachment
 from foreword.data import Batch, Row, collate
-from foreword.saving import without_activations
+from foreword.recompute import without_activations
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -71,7 +71,7 @@ class _TokenLosses(torch.autograd.Function):
         grad: bool,
     ) -> torch.Tensor:
         wanted = grad and ctx.needs_input_grad[0]
-        losses = torch.empty(len(labels), dtype=_at_least_float32(states.dtype), device=states.device)
+        losses = torch.empty(len(labels), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         gradient = torch.empty_like(states) if wanted else None
         # of one token, to know V and the logits' dtype
         chunk = max(1, CHUNK // logits_of(states[:1]).shape[-1])
@@ -101,7 +101,3 @@ def _losses_into(losses: torch.Tensor, logits: torch.Tensor, labels: torch.Tenso
         if gradient:
             p = log_p.exp_()
             part.copy_(p.scatter_add_(1, labels_N1, torch.full_like(labels_N1, -1, dtype=p.dtype)))
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -17,8 +17,9 @@ import torch
 
 from foreword import generation
 from foreword.errors import SettingsError
-from foreword.prefix import Framing, Prefix, write_atomically
+from foreword.prefix import Framing, Prefix
 from foreword.version import __version__
+from foreword.writing import check_file, write_atomically, write_jsonl
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -65,8 +66,7 @@ class Outputs:
         facts = [how, frame, list(inputs), [hashes.get(id(one)) for one in prefixes], list(identity), __version__]
         self.run = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         for path in (self.file, self.part):
-            if path.exists() and not path.is_file():
-                raise SettingsError(f"expected a file to write to; {path} is a folder or a device: name another path")
+            check_file(path)
         begun = self.rows_of(self.part, "row", overwrite=overwrite)
         self._texts: dict[int, str] = {row["row"]: row["output"] for row in begun}
 
@@ -138,13 +138,7 @@ class Outputs:
 
     def finish(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `file`, whole or not at all, and remove `FILE.part`."""
-        # half a surrogate pair, which JSON can hold and UTF-8 can't, is written as JSON does
-        with (
-            write_atomically(self.file) as aside,
-            aside.open("w", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_jsonl(self.file, rows)
         self.part.unlink(missing_ok=True)
 
     def _line(self, item: tuple[int, str]) -> str:

@@ -17,9 +17,7 @@ import dataclasses
 import datetime
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as safetensors_bytes
 
-from foreword.errors import PrefixFileError, SettingsError, WrongBaseError
+from foreword.errors import PrefixFileError, SettingsError, WrongBaseError, one_line
+from foreword.writing import write_atomically
 
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["SECTIONS", "Card", "Framing", "Prefix", "check_dtype", "write_atomically"]
+__all__ = ["SECTIONS", "Card", "Framing", "Prefix", "check_dtype"]
 
 SECTIONS = ("encoder", "decoder", "cross")
 """Every section a prefix may have, in the order in which the model meets them."""
@@ -103,11 +102,13 @@ class Card:
                 card.to_json().encode()  # half a surrogate pair can be read, but neither printed nor written
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise PrefixFileError(
-                f"the card in the file's header cannot be read ({_short(error)}): the file was not written by this "
+                f"the card in the file's header cannot be read ({one_line(error)}): the file was not written by this "
                 "version of foreword"
             ) from None
         if version != FORMAT:
-            raise PrefixFileError(f"expected format {FORMAT}; the file has format {_short(version)}: upgrade foreword")
+            raise PrefixFileError(
+                f"expected format {FORMAT}; the file has format {one_line(version)}: upgrade foreword"
+            )
         strings = (card.base, card.fingerprint, card.framing.template, card.init, card.created)
         if not (
             all(isinstance(value, str) for value in strings)
@@ -205,6 +206,16 @@ class Prefix:
             section: [(keys.shape[0], keys.shape[2]) for keys, _ in layers] for section, layers in self.sections.items()
         }
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What there is to show beside the card."""
+        return {
+            "length": self.length,
+            "sections": {section: len(layers) for section, layers in self.sections.items()},
+            "parameters": self.num_parameters,
+            "dtype": self.dtype,
+        }
+
     def check(self, base: Base) -> Prefix:
         """Return the prefix itself if it was made for `base`.
 
@@ -261,14 +272,14 @@ class Prefix:
                 prefix = cls._read(file.metadata() or {}, list(file.keys()), lambda name: file.get_tensor(name).clone())
         except SafetensorError as error:
             raise PrefixFileError(
-                f"{path}: expected a safetensors file; it is truncated or something else ({_short(error)})"
+                f"{path}: expected a safetensors file; it is truncated or something else ({one_line(error)})"
             ) from None
         except PrefixFileError as error:
             raise PrefixFileError(f"{path}: {error}") from None
         except FileNotFoundError:
             raise FileNotFoundError(f"no prefix file at {path}") from None
         except OSError as error:
-            raise PrefixFileError(f"{path}: cannot be read as a prefix file ({_short(error)})") from None
+            raise PrefixFileError(f"{path}: cannot be read as a prefix file ({one_line(error)})") from None
         return prefix if base is None else prefix.check(base)
 
     @classmethod
@@ -283,7 +294,7 @@ class Prefix:
             metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise PrefixFileError(
-                f"expected a safetensors file; it is truncated or something else ({_short(error)})"
+                f"expected a safetensors file; it is truncated or something else ({one_line(error)})"
             ) from None
         return cls._read(metadata, list(tensors), tensors.__getitem__)
 
@@ -320,7 +331,7 @@ class Prefix:
         if odd := sorted(expected ^ set(tensors)):
             raise PrefixFileError(
                 "expected tensors SECTION.LAYER.keys and .values for every layer; missing or unknown: "
-                + _short(", ".join(odd))
+                + one_line(", ".join(odd))
             )
         return names
 
@@ -329,36 +340,3 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raise `SettingsError` where a prefix file cannot be of a dtype."""
     if dtype not in DTYPES:
         raise SettingsError(f"expected one of {', '.join(map(str, DTYPES))} for the file; got {dtype!r}")
-
-
-def _short(what: object) -> str:
-    """On one line, and no longer than a message bears: a hostile file chooses what goes in here."""
-    return " ".join(str(what).split())[:200]
-
-
-@contextmanager
-def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path beside `path` to write to; on success it is flushed to disk and renamed over `path`.
-
-    Of a link, the file that it leads to is written, and the link stays. On any error the file aside is removed and `path`
-    is as it was.
-
-    Raises:
-        SettingsError: `path` is a folder, or a device such as /dev/null, which a rename would replace.
-        OSError: it cannot be written there.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise SettingsError(f"expected a file to write to; {path} is a folder or a device: name another path")
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.part")
-    aside.touch(exist_ok=False)
-    try:
-        yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,16 +22,15 @@ from torch import nn
 from foreword.attach import Stack, capture
 from foreword.errors import SettingsError, TooLongError
 from foreword.prefix import Card, Layer, Prefix
+from foreword.settings import Reparametrization
 
 if TYPE_CHECKING:
     from foreword.bases import Base
 
 __all__ = [
-    "REPARAMETRIZATIONS",
     "DirectPrefix",
     "EmbeddingPrefix",
     "MLPPrefix",
-    "Reparametrization",
     "TrainablePrefix",
     "activations",
     "matrices_of",
@@ -40,8 +39,6 @@ __all__ = [
 
 Shapes = Mapping[str, Sequence[tuple[int, int]]]
 Matrices = Mapping[str, torch.Tensor]
-Reparametrization = Literal["direct", "mlp", "embedding"]
-REPARAMETRIZATIONS: tuple[Reparametrization, ...] = ("direct", "mlp", "embedding")
 
 
 def width(layers: Sequence[tuple[int, int]]) -> int:
@@ -272,12 +269,6 @@ def trainable_prefix(
         SettingsError: settings that exclude each other.
         WrongBaseError: the prefix to start from is another base's.
     """
-    if reparametrization not in REPARAMETRIZATIONS:
-        raise SettingsError(
-            f"expected a reparametrization of {', '.join(REPARAMETRIZATIONS)}; got {reparametrization!r}"
-        )
-    if length < 1:
-        raise SettingsError(f"expected a length of at least 1 virtual token; got {length}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the other devices' too
         if reparametrization == "embedding":
@@ -291,5 +282,6 @@ def trainable_prefix(
             matrices = activations(base, *start, length)
         if reparametrization == "direct":
             return DirectPrefix(base.shapes, length, matrices)
+        assert reparametrization == "mlp"
         hidden = hidden or (512 if length < 100 else 800)
         return MLPPrefix(base.shapes, length, base.model.config.hidden_size, hidden, matrices)

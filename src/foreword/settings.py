@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from foreword.errors import SettingsError
-from foreword.reparam import REPARAMETRIZATIONS, Reparametrization
 
-__all__ = ["DEFAULT_LR", "TrainSettings"]
+__all__ = ["DEFAULT_LR", "REPARAMETRIZATIONS", "Reparametrization", "TrainSettings"]
+
+Reparametrization = Literal["direct", "mlp", "embedding"]
+REPARAMETRIZATIONS: tuple[Reparametrization, ...] = get_args(Reparametrization)
 
 DEFAULT_LR = {"direct": 5e-2, "mlp": 1e-3, "embedding": 2e-2}
 """The peak learning rate of each reparametrization, unless another is given."""

@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from foreword.errors import SettingsError
+from foreword.settings import TrainSettings
 
 if TYPE_CHECKING:
     import torch
 
     from foreword.prefix import Framing, Prefix
-    from foreword.settings import TrainSettings
 
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
@@ -72,8 +72,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def settings_of(options: Mapping[str, Any]) -> TrainSettings:
     """The settings among a command's options."""
-    from foreword.settings import TrainSettings
-
     names = {field.name for field in dataclasses.fields(TrainSettings)}
     return TrainSettings(**{name: value for name, value in options.items() if name in names})
 
@@ -103,13 +101,6 @@ def file_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def keep(written: Path, *read: Path | None) -> None:
-    """Raise `SettingsError` where what is to be written would take the place of what is read."""
-    for path in read:
-        if path is not None and written.exists() and written.samefile(path):
-            raise SettingsError(f"expected another file to write to than {path}, which would be lost")
-
-
 def shown(text: str) -> str:
     """Text that may be a stranger's, with nothing in it that the terminal or rich would act on."""
     return escape("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
@@ -131,14 +122,7 @@ def bar(*columns: ProgressColumn, count: ProgressColumn | None = None) -> Progre
 
 def show_prefix(prefix: Prefix, title: str, facts: Mapping[str, Any], *, as_json: bool) -> None:
     """Print what a prefix's card and its tensors say, after some other facts."""
-    facts = {
-        "length": prefix.length,
-        "sections": {section: len(layers) for section, layers in prefix.sections.items()},
-        "parameters": prefix.num_parameters,
-        "dtype": prefix.dtype,
-        **facts,
-        **json.loads(prefix.card.to_json()),
-    }
+    facts = {**prefix.facts, **facts, **json.loads(prefix.card.to_json())}
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
         return

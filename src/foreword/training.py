@@ -117,9 +117,9 @@ def train(
 
     Raises:
         DataError: records that cannot be used. TooLongError: one does not fit the base's context.
-        SettingsError: settings that exclude each other, or no accelerator in one of a launcher's processes.
-        TrainingError: the loss is not finite; `out` cannot be written, or is there already; or its checkpoint belongs to
-            another run.
+        SettingsError: settings that exclude each other; `out` cannot be written, or is there already; or no accelerator in
+            one of a launcher's processes.
+        TrainingError: the loss is not finite, or the checkpoint beside `out` belongs to another run.
     """
     settings = settings or TrainSettings()
     framing = framing or Framing()

@@ -34,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from foreword.errors import PrefixFileError, SettingsError, WrongBaseError
-from foreword.prefix import Card, Framing, Prefix, write_atomically
+from foreword.prefix import Card, Framing, Prefix
+from foreword.writing import write_atomically
 
 if TYPE_CHECKING:
     from foreword.bases import Base

@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock
 
 from foreword.errors import SettingsError
-from foreword.prefix import write_atomically
+from foreword.writing import write_atomically
 
 __all__ = ["OPEN", "Key", "KeyFile"]
 

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foreword.prefix import Card, Prefix
 from foreword.serve.engine import Engine
@@ -34,7 +34,7 @@ class Entry:
         version: of the store.
         card: of its file.
         length: P.
-        facts: what else there is to show: its sections, the number of its parameters, their dtype.
+        facts: `Prefix.facts`.
     """
 
     version: Version
@@ -44,12 +44,7 @@ class Entry:
 
     @classmethod
     def of(cls, version: Version, prefix: Prefix) -> Entry:
-        facts = {
-            "sections": {section: len(layers) for section, layers in prefix.sections.items()},
-            "parameters": prefix.num_parameters,
-            "dtype": prefix.dtype,
-        }
-        return cls(version=version, card=prefix.card, length=prefix.length, facts=facts)
+        return cls(version=version, card=prefix.card, length=prefix.length, facts=prefix.facts)
 
 
 class Catalog:
@@ -96,7 +91,7 @@ class Catalog:
             self._keep(entry)
         else:
             self._entries.move_to_end(version.sha256)
-            entry = Entry(version=version, card=held[0].card, length=held[0].length, facts=held[0].facts)
+            entry = replace(held[0], version=version)
         return entry
 
     def _keep(self, entry: Entry) -> None:

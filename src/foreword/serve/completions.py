@@ -190,7 +190,7 @@ class _Events(StreamingResponse):
 
 
 def _event(data: BaseModel) -> bytes:
-    return f"data: {data.model_dump_json(exclude_none=False)}\n\n".encode()
+    return f"data: {data.model_dump_json()}\n\n".encode()
 
 
 async def _answer(

@@ -350,16 +350,7 @@ class _Scheduler:
             self._residents.release(wanted.version)
 
     def stats(self) -> ResidentStats:
-        residents = self._residents
-        return ResidentStats(
-            data={
-                "resident_prefixes": len(residents),
-                "resident_bytes": residents.bytes,
-                "hits": residents.hits,
-                "loads": residents.loads,
-                "evictions": residents.evictions,
-            }
-        )
+        return ResidentStats(data=self._residents.figures())
 
     def _watch(self) -> None:
         """Forget the prefixes whose names are deleted from the store; and end with the process that started this one.

@@ -132,16 +132,11 @@ class LocalEngine(Engine):
 
     def figures(self) -> Figures:
         running = len(self._jobs)
-        residents = self._residents
         return Figures(
             running=running,
             waiting=max(self._under_way - running, 0),
-            resident_prefixes=len(residents),
-            resident_bytes=residents.bytes,
-            budget_bytes=residents.budget,
-            hits=residents.hits,
-            loads=residents.loads,
-            evictions=residents.evictions,
+            budget_bytes=self._residents.budget,
+            **self._residents.figures(),
         )
 
     async def forget(self, sha256s: Collection[str]) -> None:

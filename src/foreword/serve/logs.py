@@ -61,7 +61,7 @@ class EngineFormatter(JsonFormatter):
     whole = True
 
 
-def log_as_json(level: int = logging.INFO) -> None:
+def log_as_json() -> None:
     """Send the logs of foreword, of uvicorn, and of vLLM's processes to stderr, a line of JSON each."""
     os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(Path(__file__).with_name("vllm_logs.json")))
     handler = logging.StreamHandler(sys.stderr)
@@ -69,7 +69,7 @@ def log_as_json(level: int = logging.INFO) -> None:
     for name in ("foreword", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(level)
+        logger.setLevel(logging.INFO)
         logger.propagate = False
 
 

@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from foreword.data import fields_of
-from foreword.errors import NoSuchPrefixError, PrefixFileError
+from foreword.errors import NoSuchPrefixError, PrefixFileError, one_line
 from foreword.prefix import Prefix
 from foreword.serve import schemas
 from foreword.serve.access import Key
@@ -40,7 +40,7 @@ def _usable(store: Store, key: Key) -> Iterator[Version]:
             continue  # those names come with the other's
         cursor: str | None = ""
         while cursor is not None:
-            page = store.page(cursor, PAGE, prefix=head)
+            page = store.page(cursor, PAGE, begins=head)
             yield from (version for version in page.versions if key.may_use(version.name))
             cursor = page.cursor
 
@@ -78,7 +78,7 @@ async def prefixes(
 ) -> schemas.PrefixList:
     """A page of all prefixes."""
     service: Service = request.app.state.service
-    page = await asyncio.to_thread(lambda: service.store.page(after, limit, prefix=begins))
+    page = await asyncio.to_thread(lambda: service.store.page(after, limit, begins=begins))
     return schemas.PrefixList(data=[_info(version) for version in page.versions], cursor=page.cursor)
 
 
@@ -94,7 +94,6 @@ async def show(request: HttpRequest, key: Admin, name: str) -> Response:
     versions = await asyncio.to_thread(service.store.versions, entry.version.name)
     facts: dict[str, Any] = {
         **_info(entry.version).model_dump(),
-        "length": entry.length,
         **entry.facts,
         # a file may hold numbers that JSON has not
         "card": json.loads(entry.card.to_json(), parse_constant=lambda _: None),
@@ -121,18 +120,9 @@ async def upload(request: HttpRequest, _: Admin, name: str) -> schemas.PrefixInf
     name = check_name(name)
     if name == service.base_name:
         raise Problem(400, f"{name!r} is the base's name: choose another", param="name")
-    data = await _body(request, service.settings.max_upload)
-    version = await asyncio.to_thread(_put, service, name, data)
+    version = await asyncio.to_thread(_put, service, name, await request.body())
     service.catalog.forget_name(name)
     return _info(version)
-
-
-async def _body(request: HttpRequest, limit: int) -> bytes:
-    """What was sent; a request that says itself that it is too long is refused unread, and `Bounded` stops the others."""
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and int(said[:20]) > limit:
-        raise Problem(413, f"expected a prefix file of at most {limit:,} bytes; got a larger one", code="too_large")
-    return await request.body()
 
 
 def _put(service: Service, name: str, data: bytes) -> Version:
@@ -141,7 +131,7 @@ def _put(service: Service, name: str, data: bytes) -> Version:
         prefix = Prefix.from_bytes(data).check(service.base)
         json.dumps(json.loads(prefix.card.to_json()), allow_nan=False)
     except PrefixFileError as error:
-        raise Problem(400, " ".join(str(error).split()), code="bad_prefix_file") from None
+        raise Problem(400, one_line(error, 1000), code="bad_prefix_file") from None
     except (ValueError, RecursionError):
         raise Problem(400, "expected a card without NaN and infinity", code="bad_prefix_file") from None
     if not prefix.card.framing.chat:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from foreword.errors import ForewordError, NoSuchPrefixError, PrefixFileError, TooLongError, WrongBaseError
+from foreword.errors import ForewordError, NoSuchPrefixError, PrefixFileError, TooLongError, WrongBaseError, one_line
 from foreword.serve.engine import EngineStoppedError
 from foreword.serve.limits import TooManyError
 
@@ -66,7 +66,7 @@ def problem_of(error: Exception) -> Problem:
     """The problem that an exception is; what nobody expected is told to nobody."""
     if isinstance(error, Problem):
         return error
-    message = " ".join(str(error).split())
+    message = one_line(error, 1000)
     if isinstance(error, TooManyError):
         again = {"retry-after": str(error.retry_after)}
         return Problem(429, message, code=f"{error.what}_limit_exceeded", headers=again)
@@ -99,9 +99,10 @@ async def on_problem(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_http(request: Request, error: Exception) -> JSONResponse:
-    """What routing says: no such path, or no such method."""
+    """What is said before a request is looked at: no such path, no such method, or a request that is too large."""
     assert isinstance(error, HTTPException)
-    return Problem(error.status_code, str(error.detail), headers=error.headers).response()
+    code = "too_large" if error.status_code == 413 else None
+    return Problem(error.status_code, str(error.detail), code=code, headers=error.headers).response()
 
 
 async def on_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from foreword.errors import SettingsError
 from foreword.prefix import Prefix
@@ -31,12 +32,7 @@ class _Resident:
 
 def size_of(prefix: Prefix) -> int:
     """Bytes of a prefix's keys and values."""
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for layers in prefix.sections.values()
-        for layer in layers
-        for tensor in layer
-    )
+    return sum(tensor.nbytes for layers in prefix.sections.values() for layer in layers for tensor in layer)
 
 
 def check_size(version: Version, size: int, budget: int) -> None:
@@ -77,6 +73,14 @@ class Residents:
 
     def __len__(self) -> int:
         return sum(resident.prefix is not None for resident in self._residents.copy().values())
+
+    def figures(self) -> dict[str, Any]:
+        """By the names of `Figures`."""
+        return {
+            "resident_prefixes": len(self),
+            "resident_bytes": self.bytes,
+            **{"hits": self.hits, "loads": self.loads, "evictions": self.evictions},
+        }
 
     def __contains__(self, sha256: str) -> bool:
         resident = self._residents.get(sha256)

@@ -17,7 +17,7 @@ import torch
 
 from foreword.bases import Base, built_in_folder, load_base
 from foreword.builtin import BUILT_IN
-from foreword.errors import ForewordError, MissingExtraError, PrefixFileError, SettingsError
+from foreword.errors import ForewordError, MissingExtraError, PrefixFileError, SettingsError, one_line
 from foreword.generation import end_ids
 from foreword.prefix import Card, Prefix
 from foreword.serve.choose import vllm_is_installed
@@ -151,9 +151,7 @@ class VllmEngine(Engine):
             config = AsyncEngineArgs(**{**args, **options}).create_engine_config()
         except (TypeError, ValueError, RuntimeError) as error:
             # the last where there is no device of the kind that vLLM was built for
-            raise SettingsError(
-                f"vLLM does not start with these options: {' '.join(str(error).split())[:500]}"
-            ) from error
+            raise SettingsError(f"vLLM does not start with these options: {one_line(error, 500)}") from error
         window = config.model_config.get_sliding_window()
         if window is not None and window < config.model_config.max_model_len:
             raise SettingsError(

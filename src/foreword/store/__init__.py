@@ -6,7 +6,6 @@
         name.txt                          the name
         TIME-ID-SHA256.safetensors        one version: the very bytes that were put, never written over
         TIME-ID-deleted                   a tombstone: everything older is deleted
-      runs/AB/KEY/                        whatever a training run keeps of this name; goes with the name
       changes/DAY/HHMM/TIME-KEY-TIME-ID   an announcement, empty: this name is about to change
       index/TIME-TIME-ID.json             every name and its newest version, as of the first TIME
 

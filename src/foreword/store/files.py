@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from foreword.errors import StoreError
-from foreword.prefix import write_atomically
+from foreword.errors import StoreError, one_line
+from foreword.writing import write_atomically
 
 WORKERS = 16
 
@@ -158,6 +158,5 @@ def open_files(url: str, options: Mapping[str, Any]) -> Files:
             filesystem = LocalFileSystem(**options)
             root = filesystem._strip_protocol(url)
     except Exception as error:  # its filesystems raise what they like
-        what = " ".join(str(error).split())[:200]
-        raise StoreError(f"expected a folder or a URL that fsspec can open; got {url!r}: {what}") from None
+        raise StoreError(f"expected a folder or a URL that fsspec can open; got {url!r}: {one_line(error)}") from None
     return (LocalFiles if isinstance(filesystem, LocalFileSystem) else Files)(filesystem, root)

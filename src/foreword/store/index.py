@@ -108,11 +108,6 @@ def home(key: str) -> str:
     return f"names/{key[:2]}/{key}"
 
 
-def run_of(key: str) -> str:
-    """The folder of what a run keeps of a name."""
-    return f"runs/{key[:2]}/{key}"
-
-
 def _minute(time: int) -> tuple[str, str]:
     """The folders that hold the announcements of a time: a day, and in it a minute."""
     moment = EPOCH + max(time, 0) * MICROSECOND
@@ -286,13 +281,13 @@ class Index:
         items = [Change(key=key, version=version) for key, version in versions.items()]
         return Changes(items=items, token=later.token, reset=True)
 
-    def page(self, after: str, limit: int, prefix: str) -> Page:
+    def page(self, after: str, limit: int, begins: str) -> Page:
         """See `Store.page`."""
         with self._lock:
             self._refresh()
-            start = max(bisect.bisect_right(self._names, after), bisect.bisect_left(self._names, prefix))
+            start = max(bisect.bisect_right(self._names, after), bisect.bisect_left(self._names, begins))
             names = self._names[start : start + limit + 1]
-            names = names[: next((i for i, name in enumerate(names) if not name.startswith(prefix)), len(names))]
+            names = names[: next((i for i, name in enumerate(names) if not name.startswith(begins)), len(names))]
             versions = [self._versions[hash_of(name)] for name in names[:limit]]
         return Page(versions=versions, cursor=names[limit - 1] if len(names) > limit else None)
 

@@ -84,6 +84,9 @@ class Mark(NamedTuple):
     id: str
     sha256: str
 
+    def of(self, name: str) -> Version:
+        return Version(name=name, **self._asdict())
+
     @property
     def file(self) -> str:
         # sixteen digits, so that they sort as text
@@ -116,7 +119,7 @@ class Folder:
 
     def newest(self, name: str | None) -> Version | None:
         """None where there is no version, or the name is not known."""
-        return Version(name=name, **self.alive[-1]._asdict()) if self.alive and name is not None else None
+        return self.alive[-1].of(name) if self.alive and name is not None else None
 
     def left_of(self, tombstone: Mark | None) -> list[str]:
         """The files that a deletion clears away; not the name, where a newer version lives."""

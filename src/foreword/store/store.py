@@ -17,7 +17,7 @@ import torch
 from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, StoreError
 from foreword.prefix import Prefix
 from foreword.store.files import open_files
-from foreword.store.index import SECOND, WINDOW, Changes, Index, Page, Token, home, run_of
+from foreword.store.index import SECOND, WINDOW, Changes, Index, Page, Token, home
 from foreword.store.names import (
     EPOCH,
     MICROSECOND,
@@ -27,7 +27,7 @@ from foreword.store.names import (
     check_name,
     key_of,
 )
-from foreword.store.verify import Problem, left_by_deletion, left_by_run, left_by_writes, verify
+from foreword.store.verify import Problem, left_by_deletion, left_by_writes, verify
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -128,7 +128,7 @@ class Store:
             if not folder.named:
                 self._write_name(key, name)
             self._index.announce_late(key, mark, announced)
-            return Version(name=name, **mark._asdict())
+            return mark.of(name)
         raise StoreError(
             f"{name!r} was deleted {TRIES} times while it was put: stop what deletes it, then put it again"
         )
@@ -139,7 +139,7 @@ class Store:
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, the newest first. Empty where there is no such name."""
         name = check_name(name)
-        return [Version(name=name, **mark._asdict()) for mark in reversed(self._index.look(key_of(name)).alive)]
+        return [mark.of(name) for mark in reversed(self._index.look(key_of(name)).alive)]
 
     def newest(self, name: str) -> Version:
         """The newest version of a name. Raises `NoSuchPrefixError` where there is no such name."""
@@ -186,7 +186,7 @@ class Store:
         return self._read(key_of(version.name), Mark(version.stamp, version.id, version.sha256), version.name)
 
     def _read(self, key: str, mark: Mark, name: str) -> bytes:
-        version = Version(name=name, **mark._asdict())
+        version = mark.of(name)
         try:
             data = self._files.read(f"{home(key)}/{mark.file}")
         except FileNotFoundError:
@@ -234,7 +234,7 @@ class Store:
         return self.put(name, self.read(self.find(name, version)))
 
     def delete(self, name: str) -> int:
-        """Delete every version of a name, what interrupted writes left of it, and its `run_folder`.
+        """Delete every version of a name, and what interrupted writes left of it.
 
         A put that ends meanwhile comes before this or after it. The text of the name stays in the index until the next
         `rebuild`. A deletion that was interrupted may be repeated.
@@ -247,13 +247,12 @@ class Store:
         """
         name, key = check_name(name), key_of(name)
         folder = self._index.look(key)
-        if not (folder.alive or folder.left_of(folder.tombstone) or self._files.find(run_of(key))):
+        if not (folder.alive or folder.left_of(folder.tombstone)):
             raise self._missing(name)
         tombstone = self._next(folder, "")
         announced = self._index.announce(key, tombstone)
         self._files.write(f"{home(key)}/{tombstone.file}", b"")
         self._index.announce_late(key, tombstone, announced)
-        self._files.remove_all(run_of(key))
         self._clear(key, tombstone, name)
         return len(folder.alive)
 
@@ -266,19 +265,7 @@ class Store:
         if folder.alive and not folder.named and name:
             self._write_name(key, name)
 
-    def run_folder(self, name: str) -> str:
-        """Where a training run keeps what it needs of a name: a path on `filesystem`, deleted with the name.
-
-        The folder need not exist. What a run keeps of a name elsewhere, it has to delete itself.
-        """
-        return self._files.path(run_of(key_of(name)))
-
-    @property
-    def filesystem(self) -> Any:
-        """fsspec's filesystem, on which the store lies."""
-        return self._files.filesystem
-
-    def page(self, after: str = "", limit: int = 100, *, prefix: str = "") -> Page:
+    def page(self, after: str = "", limit: int = 100, *, begins: str = "") -> Page:
         """The newest versions of up to `limit` names, sorted by name.
 
         A name that is there from the first page to the last comes exactly once, whatever is written meanwhile. The first
@@ -287,11 +274,11 @@ class Store:
         Args:
             after: begin after this name: the `cursor` of the page before. Default: at the beginning.
             limit: at most this many names, 1 or more.
-            prefix: only names that begin so.
+            begins: only names that begin so.
         """
         if limit < 1:
             raise SettingsError(f"expected a page of 1 name or more; got limit={limit}")
-        return self._index.page(unicodedata.normalize("NFC", after), limit, unicodedata.normalize("NFC", prefix))
+        return self._index.page(unicodedata.normalize("NFC", after), limit, unicodedata.normalize("NFC", begins))
 
     def changes(self, since: Token | datetime | None = None) -> Changes:
         """What changed since an earlier call. Costs a few listings, at any number of names.
@@ -319,7 +306,7 @@ class Store:
 
     def _tidy(self, key: str, folder: Folder, name: str | None, horizon: int) -> None:
         now = self._now()
-        for path in left_by_writes(self._files, key, folder, now) + left_by_run(self._files, key, folder, now):
+        for path in left_by_writes(self._files, key, folder, now):
             self._files.remove(path)
         if folder.tombstone and left_by_deletion(key, folder, now):
             self._clear(key, folder.tombstone, name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from foreword.errors import NoSuchPrefixError, PrefixFileError
 from foreword.store.files import Files
-from foreword.store.index import SECOND, Index, home, run_of
+from foreword.store.index import SECOND, Index, home
 from foreword.store.names import Folder, Mark
 
 STALE = 3600 * SECOND
@@ -42,14 +42,6 @@ def left_by_deletion(key: str, folder: Folder, now: int) -> list[str]:
     return [f"{home(key)}/{file}" for file in folder.left_of(folder.tombstone) if file not in folder.strays]
 
 
-def left_by_run(files: Files, key: str, folder: Folder, now: int) -> list[str]:
-    """What a run kept of a name before the name was deleted; not what a run has begun to keep since."""
-    tombstone = folder.tombstone
-    if tombstone is None or tombstone.stamp >= now - STALE:
-        return []
-    return [path for path in files.find(run_of(key)) if files.modified(path) < tombstone.stamp]
-
-
 def verify(
     files: Files, index: Index, now: Callable[[], int], check: Callable[[str, Mark, str], object]
 ) -> Iterator[Problem]:
@@ -59,7 +51,7 @@ def verify(
     for key, folder, name in index.walk():
         for path in left_by_writes(files, key, folder, now()):
             yield Problem(path=path, name=name, what="left by a write that was cut off: rebuild, which clears it away")
-        for path in left_by_deletion(key, folder, now()) + left_by_run(files, key, folder, now()):
+        for path in left_by_deletion(key, folder, now()):
             yield Problem(path=path, name=name, what="left by a deletion that was cut off: rebuild, which ends it")
         if folder.alive and name is None and index.look(key).alive and index.name(key) is None:
             what = "the name is missing or another's, so it is not listed: put a prefix of that name again"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from foreword.errors import SettingsError
-from foreword.prefix import write_atomically
 from foreword.tasks import dart, e2e, summarization, webnlg
 from foreword.tasks.records import Example, Report, training_rows
 from foreword.tasks.sources import Source, files_of
+from foreword.writing import check_apart, check_file, write_jsonl
 
 __all__ = ["TASKS", "Example", "Report", "files", "prepare", "read", "training_rows"]
 
@@ -81,13 +80,8 @@ def prepare(
         ForewordError: as `read` does, and where `out` is a folder or one of the files read.
     """
     out = Path(out)
-    if out.is_dir():
-        raise SettingsError(f"expected a file to write to; {out} is a folder")
-    if out.exists() and any(map(out.samefile, files(task, source, split=split))):
-        raise SettingsError(f"expected another file to write to than the source's {out}, which would be lost")
+    check_file(out)
+    check_apart(out, *files(task, source, split=split))
     examples, report = read(task, source, split=split, config=config)
-    with write_atomically(out) as aside, aside.open("w", encoding="utf-8") as file:
-        for example in examples:
-            for row in training_rows([example]):
-                file.write(json.dumps({"id": example.id, **row}, ensure_ascii=False) + "\n")
+    write_jsonl(out, ({"id": one.id, **row} for one in examples for row in training_rows([one])))
     return report

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from foreword.data import check_fits, frame
 from foreword.outputs import Outputs
 from foreword.prefix import Prefix
 from foreword.tasks import webnlg
@@ -20,22 +19,18 @@ if TYPE_CHECKING:
     from foreword.bases import Base
     from foreword.generation import GenerateSettings
 
-__all__ = ["MAX_NEW_TOKENS", "METRICS", "groups_of", "outputs_of"]
+__all__ = ["METRICS", "groups_of", "outputs_of"]
 
 METRICS = {"dart": "webnlg,bertscore", "e2e": "e2e", "summarization": "rouge", "webnlg": "webnlg"}
 """The metrics of each task. DART's are WebNLG's, where its own script differs a little (docs/tasks.md), and BERTScore."""
 
-MAX_NEW_TOKENS = 100
-"""Most tokens of an output, unless another number is given: as the paper's code has it for every task here."""
 
-
-def groups_of(task: str, examples: Sequence[Example], *, seen: Collection[str] | None = None) -> dict[str, list[int]]:
+def groups_of(task: str, examples: Sequence[Example]) -> dict[str, list[int]]:
     """What figures are given for: all examples, and those of each category where there are several.
 
     Args:
         task: a name in `foreword.tasks.TASKS`.
         examples: as read.
-        seen: categories that were trained on. Default: for WebNLG the challenge's, else no such groups are made.
 
     Returns:
         By the group's name, the places of its examples: `all`, `seen` and `unseen` where both hold any, and the
@@ -44,13 +39,11 @@ def groups_of(task: str, examples: Sequence[Example], *, seen: Collection[str] |
     groups: dict[str, list[int]] = {"all": list(range(len(examples)))}
     categories = sorted({one.category for one in examples if one.category is not None})
     known = {*webnlg.SEEN_CATEGORIES, *webnlg.UNSEEN_CATEGORIES}
-    if seen is None and task == "webnlg" and known.issuperset(categories):
-        seen = webnlg.SEEN_CATEGORIES
-    if seen is not None:
+    if task == "webnlg" and known.issuperset(categories):
         halves: dict[str, list[int]] = {"seen": [], "unseen": []}
         for i, one in enumerate(examples):
             if one.category is not None:
-                halves["seen" if one.category in seen else "unseen"].append(i)
+                halves["seen" if one.category in webnlg.SEEN_CATEGORIES else "unseen"].append(i)
         if all(halves.values()):
             groups |= halves
     if len(categories) > 1:
@@ -108,23 +101,10 @@ def outputs_of(
             on_rows(len(done))
         return done
 
-    def checked() -> Base:
-        frozen = base()
-        _check_fit(frozen, prefix, examples)
-        return frozen
-
-    texts = outputs.generate(checked)
+    texts = outputs.generate(base)
     outputs.finish(
         {key: value for key, value in dataclasses.asdict(one).items() if value is not None}
         | {"output": text, "run": outputs.run}
         for one, text in zip(examples, texts, strict=True)
     )
     return texts
-
-
-def _check_fit(base: Base, prefix: Prefix, examples: Sequence[Example]) -> None:
-    """Look at all before the first is generated: one that is too long would be found last, after hours perhaps."""
-    prefix.check(base)
-    for one in examples:
-        where = f"the input {one.id!r}"
-        check_fits(base, len(frame(base, {"input": one.input}, prefix.card.framing, where)), 1, prefix.length, where)

@@ -5,8 +5,6 @@ Whatever is wrong with a source is a `DataError` of one line that names the file
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
@@ -16,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from foreword.errors import DataError, MissingExtraError, SettingsError
+from foreword.data import record_of, table_rows
+from foreword.errors import DataError, MissingExtraError, SettingsError, one_line
 
 __all__ = [
     "Formats",
@@ -156,22 +155,15 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
 
 def csv_rows(path: Path) -> Iterator[Row]:
     """The rows of a CSV file with a header."""
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        for fields in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in fields:
-                raise DataError(f"{where}: expected {len(fields) - 1} columns, as in the header; got more")
-            yield Row(where, f"{path.stem}:{reader.line_num}", fields)
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num + 1}: expected CSV ({error})") from None
+    for number, fields in table_rows(path, _text(path), ","):
+        yield Row(f"{path}:{number}", f"{path.stem}:{number}", fields)
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
     """The rows of a file with one JSON object a line."""
     for number, line in lines(path):
         where = f"{path}:{number}"
-        yield Row(where, f"{path.stem}:{number}", _object(_parsed(line, where), where))
+        yield Row(where, f"{path.stem}:{number}", record_of(line, where))
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -220,8 +212,7 @@ def _hub_rows(source: str, split: str | None, config: str | None) -> Iterator[Ro
     try:
         data = datasets.load_dataset(name, config, split=split, revision=revision or None)
     except Exception as error:  # its own, and those of HTTP, of the disk and of every file format
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{source}: cannot be loaded ({type(error).__name__}: {reason})") from None
+        raise DataError(f"{source}: cannot be loaded ({type(error).__name__}: {one_line(error)})") from None
     if isinstance(data, datasets.DatasetDict):
         if len(data) != 1:
             raise DataError(f"{source}: holds several splits ({', '.join(data)}): say which split")

@@ -16,7 +16,7 @@ from foreword.errors import DataError
 from foreword.tasks.records import Collector, Example, Report, records_field, text_field
 from foreword.tasks.sources import Formats, Row, Source, at, jsonl_rows, read_rows, xml_root
 
-__all__ = ["FORMATS", "SEEN_CATEGORIES", "UNSEEN_CATEGORIES", "Triple", "is_seen", "linearize", "read", "xml_rows"]
+__all__ = ["FORMATS", "SEEN_CATEGORIES", "UNSEEN_CATEGORIES", "Triple", "linearize", "read", "xml_rows"]
 
 SEEN_CATEGORIES = (
     "Airport",
@@ -36,14 +36,6 @@ UNSEEN_CATEGORIES = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation
 """Topics of the test data alone."""
 
 Triple = Sequence[str]
-
-
-def is_seen(category: str) -> bool:
-    """Whether the training data has this topic. Raises `DataError` where it is none of the challenge's."""
-    if category not in SEEN_CATEGORIES + UNSEEN_CATEGORIES:
-        known = ", ".join(SEEN_CATEGORIES + UNSEEN_CATEGORIES)
-        raise DataError(f"expected a category of the WebNLG challenge 2017 ({known}); got {category!r}")
-    return category in SEEN_CATEGORIES
 
 
 def read(source: Source, *, split: str | None = None, config: str | None = None) -> tuple[list[Example], Report]:

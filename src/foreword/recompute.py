@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: no activation function's output, since its input is kept too.
+"""What is made again in the backward pass rather than kept: activation functions' outputs, whose inputs are kept too.
 
 A gated MLP, down(act(gate(x)) * up(x)), keeps three wide tensors a token and layer: the input of act for act's own
 gradient, its output and up(x) for the product's. The output is made again in the backward pass instead, by the base's own

@@ -6,11 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from tiny import BUILDERS, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from foreword.saving import without_activations
-from tests.tiny import BUILDERS, tiny_model
+from foreword.recompute import without_activations
 
 GATED = ("llama", "mistral", "qwen3", "gemma3")
 
