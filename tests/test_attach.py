@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from reference import attention_layers, logits_by_hand
-from tiny import CONTEXT, DECODER_ONLY, ENCODER_DECODER, PAD, random_prefix, tiny_model
+from tiny import CONTEXT, DECODER_ONLY, ENCODER_DECODER, PAD, random_prefix, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -22,8 +23,10 @@ from transformers import (
 
 import foreword.attention
 from foreword.attach import FAMILIES, Stack, attach, capture, section_shapes
+from foreword.bases import Base
 from foreword.errors import BaseLoadError, SettingsError, WrongBaseError
 from foreword.prefix import Prefix
+from foreword.reparam import trainable_prefix
 
 ALL = (*DECODER_ONLY, *ENCODER_DECODER)
 FLOAT64_THROUGHOUT = ("gpt2", "opt", "bart")
@@ -901,6 +904,59 @@ def test_attaching_twice_is_refused_and_the_first_stays() -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=0)
     with attach(model, second):
         assert (model(input_ids=ids).logits - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("when", ["set_attn_implementation", "register_forward_hook", "add_module"])
+def test_ctrl_c_while_a_prefix_is_attached(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model64("llama")
+    before = state_of(model)
+    trainable = trainable_prefix(Base(model, tiny_tokenizer("llama"), "x"), length=P, reparametrization="direct")
+    real = getattr(type(model), when)
+
+    def interrupted(*args: Any, **more: Any) -> None:
+        patch.undo()
+        if when != "register_forward_hook":
+            real(*args, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), when, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attach(model, trainable)
+    assert state_of(model) == before
+    with attach(model, random_prefix(model, P)):
+        pass
+
+
+def test_ctrl_c_while_a_prefix_is_detached(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model64("llama")
+    before = state_of(model)
+
+    def interrupted(model: Any, name: str) -> None:
+        patch.undo()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), attach(model, random_prefix(model, P)):
+        patch.setattr(type(model), "set_attn_implementation", interrupted)
+    assert state_of(model) == before
+
+
+def test_what_cannot_be_attached_is_refused() -> None:
+    base = Base(tiny_model("gpt2"), tiny_tokenizer("gpt2"), "x")
+    prefix = random_prefix(base.model, P)
+    with pytest.raises(SettingsError, match=r"expected a model of transformers, such as base\.model; got Base"):
+        attach(base, prefix)  # type: ignore[arg-type]
+    for source in ("p.safetensors", [prefix], None):
+        with pytest.raises(SettingsError, match=f"expected a Prefix, .*; got {type(source).__name__}"):
+            attach(base.model, source)  # type: ignore[arg-type]
+    infix = Prefix(prefix.sections, dataclasses.replace(prefix.card, training={"infix": True}))
+    with pytest.raises(SettingsError, match="an infix stands within x"):
+        attach(base.model, infix)
+    stack = Stack.of([prefix], device=base.device, dtype=base.dtype)
+    with pytest.raises(WrongBaseError, match="expected a prefix with 3 decoder layers of 2x14; got one with 3 decoder"):
+        attach(tiny_model("llama"), stack)
+    with attach(base.model, prefix), pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        base.model()
 
 
 def test_a_prefix_of_other_shapes_is_refused() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import (
@@ -142,6 +144,24 @@ def test_a_table_may_hold_long_documents(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
+def test_records_that_are_none_are_refused() -> None:
+    base = tiny_base("gpt2")
+    for record in ("text", None, math.nan, ["a"]):
+        for framing in (Framing(), Framing(chat=True)):
+            with refused(DataError, f"record 1: expected a mapping, such as .*; got {type(record).__name__}"):
+                rows_of(base, [record], framing)  # type: ignore[list-item]
+    (row,) = rows_of(base, [{"input": np.int64(3), "output": np.float32(0.5)}], Framing())
+    assert (base.decode(row.x), base.decode(row.y[:-1])) == ("3\n", "0.5")
+    with refused(DataError, "expected text or a finite number in the column 'input'; got nan"):
+        rows_of(base, [{"input": np.float32("nan"), "output": "a"}], Framing())
+    with refused(DataError, r"expected 'messages', a list .*; got array"):
+        rows_of(base, [{"messages": np.array(["a" * 90, "b"] * 9)}], Framing(chat=True))
+    with refused(DataError, "record 1: expected text in the column 'input'; .*columns: in put, output"):
+        rows_of(base, [{"in\nput": "a", "output": "b"}], Framing())
+    with refused(SettingsError, r"expected plain column names in braces; got 'a\\nb'"):
+        rows_of(base, [{"input": "a", "output": "b"}], Framing(template="{a\nb}"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -220,7 +240,7 @@ def test_the_tokenizers_end_token_is_taken_from_x_alone() -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{input.__class__}", r"expected plain column names in braces; got \{input.__class__\}"),
+        ("{input.__class__}", r"expected plain column names in braces; got 'input.__class__'"),
         ("{input.__init__.__globals__}", "plain column names"),
         ("{input[0]}", "plain column names"),
         ("{0.real}", "plain column names"),

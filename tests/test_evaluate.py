@@ -509,6 +509,10 @@ def test_a_name_of_two_suites_is_the_e2e_scripts() -> None:
         (["a"], ["a"], "the references of output 1 are one text: expected a list of texts"),
         ([["a"], []], ["a", "b"], "output 2 has no reference, or a blank one"),
         ([["a"], ["b", " "]], ["a", "b"], "output 2 has no reference, or a blank one"),
+        ([["a"], [None]], ["a", "b"], "output 2 has no reference, or a blank one"),
+        ([["a"], ["b"]], ["a", math.nan], "output 2 is no text: expected one, which may be empty; got float"),
+        ([["a"]], np.array([]), "references for 1 outputs, but 0"),
+        ([np.array([])], np.array(["a"]), "output 1 has no reference"),
         ([["a"]], ["b\ud800"], "a text has half a character at position 1"),
     ],
 )

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
 import transformers.utils.logging
@@ -245,13 +249,42 @@ def test_texts_are_told_batch_by_batch() -> None:
     assert len(told) == 2
 
 
+def test_nothing_is_attached_meanwhile() -> None:
+    """What is attached would answer for the bare base, too."""
+    base = make_base("gpt2")
+    expected = generate(base, INPUTS, settings=GenerateSettings(max_new_tokens=5))
+    prefix = random_prefix(base.model, 3)
+    with attach(base.model, prefix):
+        for own in (None, [None] * len(INPUTS)):
+            with pytest.raises(SettingsError, match="the model already has a prefix attached: detach that one first"):
+                generate(base, INPUTS, own)
+        with pytest.raises(SettingsError, match="the model already has a prefix attached"):
+            stream(base, "a", write=print)
+    assert generate(base, INPUTS, settings=GenerateSettings(max_new_tokens=5)) == expected
+
+
+def test_threads_share_a_base() -> None:
+    base = make_base("gpt2")
+    settings = GenerateSettings(max_new_tokens=7, batch_size=2)
+    first, second = prefix_for(base, 3), prefix_for(base, 2)
+    own = [None, first, second, first]
+    expected = [generate(base, INPUTS, prefix, settings=settings) for prefix in own]
+    before = base.model.generation_config
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda prefix: generate(base, INPUTS, prefix, settings=settings), own * 6))
+    assert found == expected * 6
+    assert base.model.generation_config is before
+    assert len(set(map(tuple, expected))) == 3
+
+
 def test_a_rows_number_is_what_it_samples_by() -> None:
     base = base_of("gpt2")
     told: dict[int, str] = {}
     settings = GenerateSettings(max_new_tokens=7, temperature=1.0, batch_size=2)
     whole = generate(base, INPUTS, settings=settings)
     assert generate(base, INPUTS[::-1], settings=settings) != whole[::-1]
-    numbers = list(range(len(INPUTS)))[::-1]
+    numbers = np.arange(len(INPUTS))[::-1]
+    settings = dataclasses.replace(settings, seed=np.int64(0))  # type: ignore[arg-type]
     assert generate(base, INPUTS[::-1], settings=settings, numbers=numbers, on_texts=told.update) == whole[::-1]
     assert told == dict(enumerate(whole))
     with pytest.raises(SettingsError, match=f"expected a number for each of {len(INPUTS)} inputs; got 1"):
@@ -689,6 +722,14 @@ def test_inputs_are_a_list_and_prefixes_are_one_or_as_many() -> None:
         generate(base, "hello")
     with refused(SettingsError, "expected a list of inputs; got one dict: put it in a list"):
         generate(base, {"input": "hello"})  # type: ignore[arg-type]
+    with refused(SettingsError, "expected a list of inputs; got a DataFrame: give its records"):
+        generate(base, pandas.DataFrame({"input": ["a"], "output": ["b"]}))  # type: ignore[arg-type]
+    with refused(DataError, "input 2: expected a mapping, such as .*; got float"):
+        generate(base, ["a", math.nan])  # type: ignore[list-item]
+    settings = GenerateSettings(max_new_tokens=3)
+    expected = generate(base, ["a", "b"], [a, None], settings=settings)
+    both: Any = {"x": a, "y": None}.values()
+    assert generate(base, iter(["a", "b"]), both, settings=settings) == expected  # type: ignore[arg-type]
     with refused(SettingsError, "expected one prefix, or one for each of 3 inputs; got 2"):
         generate(base, ["a", "b", "c"], [a, None])
     with refused(DataError, "the input: expected Unicode text; got a lone surrogate"):
@@ -711,6 +752,8 @@ def test_inputs_are_a_list_and_prefixes_are_one_or_as_many() -> None:
         ({"stop": "\n"}, r"expected a list of non-empty stop strings; got '\\n'"),
         ({"stop": ["a", ""]}, r"expected a list of non-empty stop strings; got \['a', ''\]"),
         ({"length_penalty": float("nan")}, "expected a finite length_penalty; got nan"),
+        ({"max_new_tokens": 2.5}, "expected a whole number for max_new_tokens; got 2.5"),
+        ({"temperature": "hot"}, "expected a number for temperature; got 'hot'"),
     ],
 )
 def test_settings_out_of_their_range_are_refused(settings: dict[str, Any], message: str) -> None:

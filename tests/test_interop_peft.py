@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -437,6 +438,14 @@ def test_a_prefix_of_another_base_is_not_exported(llama: Base, tmp_path: Path) -
     other = Base(model=tiny_model("llama", seed=1), tokenizer=llama.tokenizer, name="other")
     with pytest.raises(WrongBaseError, match=r"expected a prefix for the base 'other'.*'tiny-llama'"):
         export_peft(prefix_of(llama), other, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_infix_is_not_exported(llama: Base, tmp_path: Path) -> None:
+    prefix = prefix_of(llama)
+    infix = Prefix(prefix.sections, dataclasses.replace(prefix.card, training={"infix": True}))
+    with pytest.raises(PrefixFileError, match="expected a prefix; got an infix"):
+        export_peft(infix, llama, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -574,6 +574,7 @@ def test_settings_that_are_wrong_for_everybody(tmp_path: Path) -> None:
     refused("expected at least one slot and one row at once; got 16 and -1", rows_at_once=-1)
     refused("expected a process of 2, counted from 0; got 2", process=2, processes=2)
     refused("expected a process of 0", processes=0)
+    refused("expected one of torch.bfloat16, .* for the file; got 'float32'", save_dtype="float32")
     refused("patience counts epochs", settings=settings_of(patience=1))
     refused("init_text and a prefix", settings=settings_of(init_text="a"), init_from=own_prefix(base))
     refused("expected plain column names", framing=Framing(template="{a.b}"))

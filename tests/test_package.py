@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
+import pickle
 import pkgutil
 import re
 import runpy
@@ -43,6 +44,7 @@ def test_exports_equal_all() -> None:
         module = importlib.import_module(str(home))
         assert getattr(foreword, name) is getattr(module, name)
         assert name in getattr(module, "__all__", [name])
+    assert {*foreword.__all__, "__doc__"} <= {*dir(foreword)}
     with pytest.raises(AttributeError, match="module 'foreword' has no attribute 'adapter'"):
         foreword.adapter  # noqa: B018
 
@@ -63,6 +65,8 @@ def test_every_error_is_exported() -> None:
 
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ValueError)}
     assert kinds == set(errors.__all__) == {name for name in foreword.__all__ if name.endswith("Error")}
+    missing = pickle.loads(pickle.dumps(errors.MissingExtraError("eval", "sacrebleu")))
+    assert str(missing).endswith("pip install 'foreword[eval]'")
     assert all(f"{name} " in (errors.__doc__ or "") for name in kinds), "the tree in the docstring lacks one"
 
 

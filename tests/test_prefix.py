@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -261,6 +262,30 @@ def test_a_wrong_card_is_refused(text: str, match: str, tmp_path: Path) -> None:
     refused(tmp_path, path.read_bytes(), match)
 
 
+@pytest.mark.parametrize("metrics", [{"loss": None}, {"loss": "3"}, {"loss": True}])
+def test_a_card_that_would_be_refused_is_not_saved(metrics: Any, tmp_path: Path) -> None:
+    prefix = small()
+    wrong = Prefix(prefix.sections, dataclasses.replace(prefix.card, metrics=metrics))
+    with pytest.raises(PrefixFileError, match="the card has fields of the wrong kind"):
+        wrong.save(tmp_path / "p")
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_a_dtype_has_not_are_not_saved(tmp_path: Path) -> None:
+    prefix = small()
+    sections = {
+        name: ((keys.float() * 0 + 7e4, values.float()) for keys, values in layers)
+        for name, layers in prefix.sections.items()
+    }
+    large = Prefix(sections, prefix.card)
+    with pytest.raises(PrefixFileError, match=r"decoder\.0: expected numbers that torch.float16 has; got larger ones"):
+        large.save(tmp_path / "p", torch.float16)
+    assert not list(tmp_path.iterdir())
+    large.save(tmp_path / "p", torch.float32)
+    assert Prefix.load(tmp_path / "p").length == large.length
+    assert len(repr(large)) < 1000
+
+
 def test_a_huge_card_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.safetensors"
     save_file(tensors_of(small()), path, {"foreword": changed_card(init="x" * (1 << 20))})
@@ -496,7 +521,9 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         Prefix.load(tmp_path / ("x" * 999))
     with pytest.raises(FileNotFoundError, match="no prefix file at"):
         Prefix.load("a\0b")
-    with pytest.raises(PrefixFileError, match="cannot be read as a prefix file"):
+    with pytest.raises(
+        PrefixFileError, match="cannot be read as a prefix file, as it is a folder: name the file in it"
+    ):
         Prefix.load(tmp_path)
     with pytest.raises(PrefixFileError, match="cannot be read as a prefix file"):
         Prefix.load("/dev/null")

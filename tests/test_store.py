@@ -201,6 +201,7 @@ def equal(a: Prefix, b: Prefix) -> bool:
 
 
 def test_put_and_get(store: Store) -> None:
+    assert store.read(store.put("bob", bytearray(bytes_of(3)))) == bytes_of(3)  # type: ignore[arg-type]
     version = store.put("alice", prefix_of(1), dtype=torch.float32)
     assert equal(store.get("alice"), prefix_of(1))
     data = store.read(version)
@@ -286,6 +287,9 @@ def test_get_checks_the_base(store: Store) -> None:
 
 def test_what_is_no_prefix_is_not_put(store: Store) -> None:
     good = bytes_of(1)
+    for other in ("p.safetensors", Path("p.safetensors"), None):
+        with pytest.raises(SettingsError, match=f"expected a prefix, or the bytes .*; got {type(other).__name__}"):
+            store.put("alice", other)  # type: ignore[arg-type]
     card = {"foreword": prefix_of(1).card.to_json()}
 
     def made_of(**layer: torch.Tensor) -> bytes:
@@ -1084,6 +1088,36 @@ def test_threads(url: str) -> None:
         name: store.newest(name) for name in ("name 0", "name 1")
     }
     assert list(store.verify()) == []
+
+
+@pytest.mark.parametrize("renames", [True, False])
+def test_nobody_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: bool) -> None:
+    """A server of files shows a file while it is written; some rename over nothing that is there."""
+    url = f"server://{tmp_path}/store"
+    store, real, mv, seen = Store(url, create=True), ServerFileSystem.pipe_file, ServerFileSystem.mv, []
+
+    def slowly(self: Any, path: str, value: bytes, **more: Any) -> None:
+        real(self, path, value[: len(value) // 2], **more)
+        for version in Store(url).page().versions:
+            assert Store(url).get(version.name, version).length == 3
+            seen.append(version.name)
+        real(self, path, value, **more)
+
+    def onto_nothing(self: Any, old: str, new: str, **more: Any) -> None:
+        if self.exists(new):
+            raise FileExistsError(new)
+        mv(self, old, new, **more)
+
+    monkeypatch.setattr(ServerFileSystem, "pipe_file", slowly)
+    if not renames:
+        monkeypatch.setattr(ServerFileSystem, "mv", onto_nothing)
+    for seed in range(3):
+        store.put("alice", bytes_of(seed))
+    store._write_name(key_of("alice"), "alice")
+    assert store.rebuild() == 1
+    assert len(store.versions("alice")) == 3
+    assert set(seen) == {"alice"}
+    assert not [path for path in files_of(store) if path.endswith(".part")]
 
 
 def test_threads_that_put_and_delete(url: str) -> None:

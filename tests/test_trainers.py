@@ -124,7 +124,8 @@ def test_transformers_trainer(tmp_path: Path, family: str, checkpointing: bool) 
     assert checkpoints
     for folder in checkpoints:
         assert (folder / FILE_NAME).is_file()
-        assert not (folder / "model.safetensors").exists()
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            assert all(name.startswith("foreword.") for name in file.keys())  # noqa: SIM118
 
 
 def test_trl_sft_trainer(tmp_path: Path) -> None:
@@ -146,3 +147,49 @@ def test_trl_sft_trainer(tmp_path: Path) -> None:
         )
         trainer.train()
         check(base, attachment, trainer, tmp_path, before, kind, "mlp")
+
+
+def test_a_trainers_checkpoints_hold_what_is_trained(tmp_path: Path) -> None:
+    """It goes on from them, and takes the best."""
+    base = base_of("llama")
+    rows = rows_of(base, ROWS, Framing())
+    data = [{"input_ids": row.x + row.y, "labels": [-100] * len(row.x) + row.y} for row in rows]
+    # the largest loss is called the best, so that the best is not the last
+    more = {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+    }
+
+    def trainer(attachment: Attachment, epochs: int) -> Trainer:
+        return Trainer(
+            model=attachment.model,
+            args=TrainingArguments(**{**options(tmp_path), **more, "num_train_epochs": epochs}),
+            train_dataset=data,
+            eval_dataset=data,
+            data_collator=DataCollatorForSeq2Seq(base.tokenizer),
+        )
+
+    with attach_trainable(base, settings=TrainSettings(length=5)) as attachment:
+        first = trainer(attachment, 3)
+        first.train()
+        losses = [entry["eval_loss"] for entry in first.state.log_history if "eval_loss" in entry]
+        assert losses[0] > losses[-1] + 0.1
+        assert first.evaluate()["eval_loss"] == pytest.approx(losses[0], abs=1e-5)
+        trainer(attachment, 4).train(resume_from_checkpoint=True)
+    assert (tmp_path / "run" / "checkpoint-12").is_dir()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bart"])
+def test_texts_after_a_trainer(family: str) -> None:
+    """It leaves the base in training mode, and with gradient checkpointing there is no cache in it."""
+    base = base_of(family)
+    settings = foreword.GenerateSettings(max_new_tokens=9)
+    expected = foreword.generate(base, ["a b", "c"], settings=settings)
+    for module in base.model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+    base.model.train()
+    assert foreword.generate(base, ["a b", "c"], settings=settings) == expected
+    assert base.model.training

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -738,6 +739,9 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str) -> N
     ("given", "message"),
     [
         ({"length": 0}, "expected length of at least 1; got 0"),
+        ({"epochs": 2.5}, "expected a whole number for epochs; got 2.5"),
+        ({"batch_size": "4"}, "expected a whole number for batch_size; got '4'"),
+        ({"lr": "fast"}, "expected a number for lr; got 'fast'"),
         ({"epochs": 0}, "expected epochs of at least 1; got 0"),
         ({"batch_size": 0}, "expected batch_size of at least 1; got 0"),
         ({"accumulation": 0}, "expected accumulation of at least 1; got 0"),
@@ -770,6 +774,30 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str) -> N
 def test_settings_out_of_their_range(given: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=f"^{message}"):
         TrainSettings(**given)
+
+
+def test_settings_of_numpy_and_of_configuration_files() -> None:
+    given: Any = {"length": np.int64(3), "seed": np.int32(5), "lr": "1e-2", "clip": np.float32(0.5), "weight_decay": 0}
+    assert TrainSettings(**given) == TrainSettings(length=3, seed=5, lr=0.01, clip=0.5)
+    prefix = train(cached_base(), ROWS, settings=TrainSettings(**given, epochs=1))
+    assert prefix.length == 3
+    assert train(cached_base(), ROWS, settings=TrainSettings(**{**given, "epochs": 1})).card.training["seed"] == 5
+
+
+def test_what_is_gone_on_from_says_how_x_is_framed() -> None:
+    base, framing = cached_base(), Framing(template="Q: {input} A:", max_input_tokens=50)
+    start = own_prefix(base)
+    start = Prefix(start.sections, dataclasses.replace(start.card, framing=framing))
+    settings = settings_of(epochs=1)
+    assert train(base, ROWS, init_from=start, settings=settings).card.framing == framing
+    own = Framing(template="{input}")
+    assert train(base, ROWS, init_from=start, framing=own, settings=settings).card.framing == own
+
+
+def test_gradients_that_are_off_outside() -> None:
+    with torch.no_grad():
+        found = train(cached_base(), ROWS, settings=settings_of(epochs=1))
+    assert content(found) == content(train(cached_base(), ROWS, settings=settings_of(epochs=1)))
 
 
 def test_what_excludes_each_other(tmp_path: Path) -> None:

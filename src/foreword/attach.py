@@ -17,11 +17,13 @@ here. In an encoder-decoder base tokens keep their positions, and relative biase
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -94,6 +96,22 @@ def section_shapes(model: PreTrainedModel) -> dict[str, list[tuple[int, int]]]:
     return {section: [shape(module) for module in modules] for section, modules in sections_of(model).items()}
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """What a thread holds while it attaches to a model, or runs it: what is attached answers whoever calls the model."""
+    with _LOCK:
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
+def check_free(model: PreTrainedModel) -> None:
+    """Raise `SettingsError` where something is attached to a model."""
+    if any(NAME in module.__dict__ for modules in sections_of(model).values() for module in modules):
+        raise SettingsError("the model already has a prefix attached: detach that one first")
+
+
 @dataclass(frozen=True, eq=False)
 class Stack:
     """N prefixes side by side, as attention takes them.
@@ -142,6 +160,13 @@ class Stack:
         return cls(sections, None if (lengths == longest).all() else lengths)
 
     @property
+    def shapes(self) -> dict[str, list[tuple[int, int]]]:
+        """For each section, (G, D) of each layer."""
+        return {
+            section: [(keys.shape[1], keys.shape[3]) for keys, _ in layers] for section, layers in self.sections.items()
+        }
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(N, P)."""
         keys = next(iter(self.sections.values()))[0][0]
@@ -181,23 +206,32 @@ class Attachment:
         self._places: dict[int, torch.Tensor] = {}
         self.stack: Stack | None = source if isinstance(source, Stack) else None
 
+        self._handles: list[Any] = []
+        with lock_of(model):
+            check_free(model)
+            try:
+                self._begin(save)
+            except BaseException:
+                # Ctrl-C: nobody has a handle yet to detach by
+                self.detach()
+                raise
+
+    def _begin(self, save: Callable[[str | PathLike[str]], None] | None) -> None:
+        model = self.model
         for section, modules in sections_of(model).items():
             for i, module in enumerate(modules):
-                if NAME in module.__dict__:
-                    raise SettingsError("the model already has a prefix attached: detach that one first")
                 module.__dict__[NAME] = (self, section, i)
         model.set_attn_implementation(NAME)
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, always_call=True),
-            model.get_output_embeddings().register_forward_pre_hook(self._before_logits),
-        ]
+        hold = self._handles.append
+        hold(model.register_forward_pre_hook(self._before, with_kwargs=True))
+        hold(model.register_forward_hook(self._after, always_call=True))
+        hold(model.get_output_embeddings().register_forward_pre_hook(self._before_logits))
         if model.config.is_encoder_decoder:
             # generation calls the encoder by itself
-            self._handles.append(model.get_encoder().register_forward_pre_hook(self._refresh))
-        if isinstance(source, nn.Module):
+            hold(model.get_encoder().register_forward_pre_hook(self._refresh))
+        if isinstance(self.source, nn.Module):
             model.requires_grad_(False)
-            model.add_module(NAME, source)
+            model.add_module(NAME, self.source)
         if save is not None:
             # what transformers' Trainer calls, on a model that stays a PreTrainedModel
             model.__dict__["save_pretrained"] = lambda folder, *_, **__: save(folder)
@@ -206,20 +240,26 @@ class Attachment:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.detach()
+        try:
+            self.detach()
+        except BaseException:
+            self.detach()  # Ctrl-C came in the middle
+            raise
 
     def detach(self) -> None:
         """Leave the model as it was, but for `requires_grad`, which stays off where a trainable prefix was attached."""
         for handle in self._handles:
             handle.remove()
-        for modules in sections_of(self.model).values():
-            for module in modules:
-                if module.__dict__.get(NAME, (None,))[0] is not self:
-                    return  # detached before; what is attached now is another's
-                del module.__dict__[NAME]
+        layers = [module for modules in sections_of(self.model).values() for module in modules]
+        own = [module for module in layers if module.__dict__.get(NAME, (None,))[0] is self]
+        if not own:
+            return  # detached before; what is attached now is another's
         self.model._modules.pop(NAME, None)
         self.model.__dict__.pop("save_pretrained", None)
         self.model.set_attn_implementation(self._implementation)
+        # last, so that one that was interrupted can be done again
+        for module in own:
+            del module.__dict__[NAME]
 
     def _refresh(self, *_: object) -> None:
         if not self._refreshed:
@@ -237,7 +277,9 @@ class Attachment:
             return args, kwargs
         given = self._signature.bind(*args, **kwargs).arguments
         kwargs = {**given.pop("kwargs", {}), **given}
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return (), kwargs  # the model itself says what it expects
         cache, mask, positions = (kwargs.get(k) for k in ("past_key_values", "attention_mask", "position_ids"))
         self._cached = 0 if cache is None else int(cache.get_seq_length())
         if positions is None:
@@ -401,14 +443,22 @@ def attach(
     Raises:
         BaseLoadError: the model's family is not supported.
         WrongBaseError: the prefix's layers are not shaped like the model's.
-        SettingsError: a prefix is attached already.
+        SettingsError: a prefix is attached already; or the model, or what is to be attached, is something else.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise SettingsError(f"expected a model of transformers, such as base.model; got {type(model).__name__}")
+    if not isinstance(source, Prefix | Stack | nn.Module):
+        raise SettingsError(
+            f"expected a Prefix, a Stack or a module to attach; got {type(source).__name__}: see Prefix.load and Stack.of"
+        )
+    if isinstance(source, Prefix) and source.infix:
+        raise SettingsError("an infix stands within x, at a place that `generate` knows: give it the infix instead")
+    if isinstance(source, Prefix | Stack) and source.shapes != (expected := section_shapes(model)):
+        of = f" of {source.card.base!r}" if isinstance(source, Prefix) else ""
+        raise WrongBaseError(
+            f"expected a prefix with {_describe(expected)}; got one{of} with {_describe(source.shapes)}"
+        )
     if isinstance(source, Prefix):
-        expected = section_shapes(model)
-        if source.shapes != expected:
-            raise WrongBaseError(
-                f"expected a prefix with {_describe(expected)}; got one of {source.card.base!r} with {_describe(source.shapes)}"
-            )
         source = Stack.of([source], device=model.device, dtype=model.dtype)
     return Attachment(model, source, save)
 

@@ -140,7 +140,8 @@ def train(
     options = cli_tasks.with_recipe(context, locals())
     settings = t.settings_of(options)
     file_dtype = t.file_dtype(save_dtype)
-    framing = t.framing_of(template, chat, options["max_input_tokens"])
+    start = None if init_from is None else Prefix.load(init_from)
+    framing = t.framing_of(template, chat, options["max_input_tokens"], start)
     # whatever can be wrong is looked at before the base, which may be large, is loaded
     records = read_records(data, input=input, output=output)
     check_records(records, framing, what=f"{data}, record")
@@ -151,7 +152,6 @@ def train(
     check_dev(settings, dev_records)
     check_apart(out_file, data, dev)
     check_out(out_file, resume=resume, overwrite=overwrite)
-    start = None if init_from is None else Prefix.load(init_from)
     if log_with is not None and log_with not in TRACKERS:
         raise SettingsError(f"expected a tracker of {', '.join(TRACKERS)}; got {log_with!r}")
     if log_with is not None and importlib.util.find_spec(log_with) is None:

@@ -87,7 +87,6 @@ def train_many(
     """
     settings = t.settings_of(locals())
     file_dtype = t.file_dtype(save_dtype)
-    framing = t.framing_of(template, chat, max_input_tokens)
     report = report or _beside(out_store)
     check_apart(report, data, dev, init_from)
 
@@ -103,6 +102,7 @@ def train_many(
     users = many.UserFile(data, by, input=input, output=output)
     dev_users = None if dev is None else many.UserFile(dev, by, input=input, output=output)
     start = None if init_from is None else Prefix.load(init_from)
+    framing = t.framing_of(template, chat, max_input_tokens, start)
     store = Store(out_store, create=True)
     # processes end at different times, and wait for each other
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))

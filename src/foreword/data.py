@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import numbers
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -123,7 +124,7 @@ def renamed(record: Record, names: Mapping[str, str], where: str) -> dict[str, A
 
 
 def _columns(record: Record) -> str:
-    return ", ".join(sorted(map(str, record)))[:200] or "none"
+    return one_line(", ".join(sorted(map(str, record))) or "none")
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
@@ -180,7 +181,7 @@ def fields_of(template: str) -> list[tuple[str, str | None]]:
         raise SettingsError(f"expected a template such as '{{input}}\\n'; got {template!r}: {error}") from None
     for _, name, spec, conversion in parts:
         if name is not None and (spec or conversion or not re.fullmatch(r"[\w -]+", name)):
-            raise SettingsError(f"expected plain column names in braces; got {{{name}}} in the template {template!r}")
+            raise SettingsError(f"expected plain column names in braces; got {name!r} in the template {template!r}")
     return [(literal, name) for literal, name, _, _ in parts]
 
 
@@ -223,6 +224,8 @@ def _filled(record: Record, parts: Iterable[tuple[str, str | None]], where: str)
 
 def _question(record: Record, where: str) -> list[dict[str, str]]:
     """The messages before the answer; an input by itself is the user's."""
+    if not hasattr(record, "get"):
+        raise DataError(f"{where}: expected a mapping, such as {{'messages': [...]}}; got {type(record).__name__}")
     given = record.get("messages")
     if given is None and isinstance(record.get("input"), str):
         given = [{"role": "user", "content": record["input"]}]
@@ -269,11 +272,15 @@ def _tokenize(base: Base, text: str, where: str, **options: Any) -> list[int]:
 
 
 def _text(record: Record, name: str, where: str) -> str:
+    if not hasattr(record, "get"):
+        raise DataError(
+            f"{where}: expected a mapping, such as {{'input': ..., 'output': ...}}; got {type(record).__name__}"
+        )
     value = record.get(name)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
         came = "no such column" if name not in record else type(value).__name__
         raise DataError(f"{where}: expected text in the column {name!r}; got {came} (columns: {_columns(record)})")
-    if isinstance(value, float) and not math.isfinite(value):
+    if not isinstance(value, str) and not math.isfinite(value):
         raise DataError(f"{where}: expected text or a finite number in the column {name!r}; got {value}")
     return str(value)
 
@@ -285,7 +292,7 @@ def _check_messages(messages: Any, where: str) -> tuple[list[dict[str, str]], st
     )
     if not well_formed or not messages:
         raise DataError(
-            f"{where}: expected 'messages', a list of objects with 'role' and 'content'; got {messages!r:.80}"
+            f"{where}: expected 'messages', a list of objects with 'role' and 'content'; got {one_line(repr(messages), 80)}"
         )
     if messages[-1]["role"] == "assistant":
         if len(messages) == 1:

@@ -89,3 +89,7 @@ class MissingExtraError(ForewordError):
 
     def __init__(self, extra: str, package: str):
         super().__init__(f"this needs the package {package!r}, which is not installed: pip install 'foreword[{extra}]'")
+        self.extra, self.package = extra, package
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.extra, self.package)  # so that it comes out of a process pool

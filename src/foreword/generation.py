@@ -27,10 +27,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from foreword.attach import Stack, attach
+from foreword.attach import Stack, attach, check_free, lock_of
 from foreword.data import check_fits, frame, pad
 from foreword.errors import SettingsError
 from foreword.prefix import Framing, Prefix
+from foreword.settings import as_numbers
 from foreword.text import TextSoFar
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ class GenerateSettings:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
+        as_numbers(self, int, ("max_new_tokens", "num_beams", "top_k", "seed", "batch_size"))
+        as_numbers(self, float, ("length_penalty", "temperature", "top_p"))
         for name in ("max_new_tokens", "num_beams", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"expected {name} of at least 1; got {getattr(self, name)}")
@@ -95,8 +98,10 @@ def generate(
 ) -> list[str]:
     """Continue each input.
 
+    Threads that share a base wait for each other, batch by batch.
+
     Args:
-        base: the frozen base.
+        base: the frozen base; nothing is attached to it.
         inputs: strings, or records with the columns that the framing names.
         prefixes: one for all rows, or one a row; None for the bare base. Rows with one prefix share it in memory.
         settings: see `GenerateSettings`.
@@ -109,17 +114,21 @@ def generate(
         one text a row, in the order of the inputs.
 
     Raises:
-        SettingsError: the inputs are one text, not a list, or there are not as many prefixes or numbers as inputs.
+        SettingsError: the inputs are one text, not a list; there are not as many prefixes or numbers as inputs; or
+            something is attached to the base, such as a prefix that is being trained.
         WrongBaseError: a prefix is another base's.
         DataError: an input cannot be framed. TooLongError: one does not fit the base's context.
     """
     settings = settings or GenerateSettings()
     if isinstance(inputs, str | Mapping):
         raise SettingsError(f"expected a list of inputs; got one {type(inputs).__name__}: put it in a list")
-    own = list(prefixes) if isinstance(prefixes, Sequence) else [prefixes] * len(inputs)
+    if hasattr(inputs, "columns"):
+        raise SettingsError(f"expected a list of inputs; got a {type(inputs).__name__}: give its records")
+    inputs = list(inputs)
+    own = [prefixes] * len(inputs) if prefixes is None or isinstance(prefixes, Prefix) else list(prefixes)
     if len(own) != len(inputs):
         raise SettingsError(f"expected one prefix, or one for each of {len(inputs)} inputs; got {len(own)}")
-    numbers = range(len(inputs)) if numbers is None else numbers
+    numbers = range(len(inputs)) if numbers is None else list(map(int, numbers))
     if len(numbers) != len(inputs):
         raise SettingsError(f"expected a number for each of {len(inputs)} inputs; got {len(numbers)}")
     for prefix in {id(prefix): prefix for prefix in own if prefix is not None}.values():
@@ -139,7 +148,8 @@ def generate(
         same = [i for i in order[start : start + settings.batch_size] if budgets[i] == budgets[order[start]]]
         start += len(same)
         here = [numbers[i] for i in same]
-        output = _run(base, [rows[i] for i in same], [own[i] for i in same], budgets[same[0]], settings, here)
+        with lock_of(base.model):
+            output = _run(base, [rows[i] for i in same], [own[i] for i in same], budgets[same[0]], settings, here)
         for i, tokens in zip(same, output, strict=True):
             texts[i] = _cut(base.decode(tokens), settings.stop)
         if on_texts is not None:
@@ -169,7 +179,8 @@ def stream(
     x = _frame(base, input, prefix, framing, "the input")
     budget = _budget(base, x, prefix, settings, "the input")
     pieces = _Pieces(base, settings.stop, write)
-    _run(base, [x], [prefix], budget, settings, [0], streamer=pieces)
+    with lock_of(base.model):
+        _run(base, [x], [prefix], budget, settings, [0], streamer=pieces)
     return pieces.text
 
 
@@ -205,6 +216,7 @@ def _run(
 ) -> list[list[int]]:
     """Token ids of y for one batch, without x and without the end token."""
     model = base.model
+    check_free(model)
     tokens, mask = pad(rows, base.pad_id, left=not base.is_encoder_decoder)
     unique = list({id(prefix): prefix for prefix in prefixes if prefix is not None}.values())
     context: Any = nullcontext()
@@ -237,17 +249,20 @@ def _run(
 def _only(base: Base, config: GenerationConfig) -> Iterator[GenerationConfig]:
     """Put the base's own generation settings aside, which transformers would take wherever `config` is silent.
 
-    Its remarks are kept off the terminal meanwhile: GPT-2's are of padding, where rows that have ended are filled up.
+    Its remarks are kept off the terminal meanwhile: GPT-2's are of padding, where rows that have ended are filled up. So
+    is training mode, in which another's trainer may have left the base: with gradient checkpointing there is no cache.
     """
     model: Any = base.model
-    own, level = model.generation_config, logging.get_verbosity()
-    model.generation_config = config
-    logging.set_verbosity_error()
+    own, level, training = model.generation_config, logging.get_verbosity(), model.training
     try:
+        model.generation_config = config
+        logging.set_verbosity_error()
+        model.eval()
         yield config
     finally:
         model.generation_config = own
         logging.set_verbosity(level)
+        model.train(training)
 
 
 def end_ids(base: Base) -> set[int]:

@@ -31,6 +31,7 @@ __all__ = [
     "Learner",
     "check_dev",
     "checkpointing",
+    "default_framing",
     "init_name",
     "make_trainable",
     "share_at",
@@ -72,6 +73,11 @@ def _start_tokens(base: Base, rows: Sequence[Row], settings: TrainSettings) -> t
     return x, y
 
 
+def default_framing(init_from: Prefix | None) -> Framing:
+    """How x is framed where nobody says: as the prefix that is gone on from has learnt it."""
+    return Framing() if init_from is None else init_from.card.framing
+
+
 def check_dev(settings: TrainSettings, dev: object | None) -> None:
     """Raise `SettingsError` where the settings need development rows and there are none."""
     if settings.patience and dev is None:
@@ -99,12 +105,12 @@ def checkpointing(base: Base, wanted: bool) -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             getattr(model, f"gradient_checkpointing_{way}")(*options)
 
-    switch("enable", {"use_reentrant": False})
-    # it has asked for the gradient of the embeddings, which nobody needs
-    model.disable_input_require_grads()
-    # transformers checkpoints in training mode alone; the base's dropout is off in it, too
-    model.train()
     try:
+        switch("enable", {"use_reentrant": False})
+        # it has asked for the gradient of the embeddings, which nobody needs
+        model.disable_input_require_grads()
+        # transformers checkpoints in training mode alone; the base's dropout is off in it, too
+        model.train()
         yield
     finally:
         if not before:

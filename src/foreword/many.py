@@ -27,9 +27,9 @@ from torch import nn
 from foreword.attach import Attachment, Stack, attach
 from foreword.data import Record, Row, collate, fields_of
 from foreword.errors import ForewordError, NoSuchPrefixError, PrefixFileError, SettingsError
-from foreword.learner import Learner, check_dev, checkpointing, make_trainable
+from foreword.learner import Learner, check_dev, checkpointing, default_framing, make_trainable
 from foreword.loss import token_losses
-from foreword.prefix import Card, Framing, Prefix
+from foreword.prefix import Card, Framing, Prefix, check_dtype
 from foreword.reparam import TrainablePrefix, layers_of
 from foreword.settings import TrainSettings
 from foreword.store import Store, Version
@@ -229,7 +229,7 @@ def train_many(
         store: where the prefixes go.
         dev: development rows of the same users; a user's best prefix by them is kept, as in `train`.
         settings: of every user's training; see `TrainSettings`. `batch_size` rows of each user make a step.
-        framing: how x is made of a record.
+        framing: how x is made of a record. Default: as for `init_from`, or `Framing()`.
         init_from: a shared prefix that every user starts from. It carries what it was trained on: off by default.
         slots: K, users that train at the same time. Each takes four times the memory of what learns (itself, its gradient,
             AdamW's two means): of smollm2-135m 100 MB with the MLP, and 2 MB without.
@@ -246,7 +246,8 @@ def train_many(
         WrongBaseError: `init_from` is of another base.
     """
     settings = settings or TrainSettings()
-    framing = framing or Framing()
+    framing = framing or default_framing(init_from)
+    check_dtype(save_dtype)
     if min(slots, rows_at_once) < 1:
         raise SettingsError(f"expected at least one slot and one row at once; got {slots} and {rows_at_once}")
     if not 0 <= process < processes:

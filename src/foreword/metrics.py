@@ -55,13 +55,18 @@ class Texts:
                 f"there are references for {len(references)} outputs, but {len(hypotheses)} outputs: "
                 "expected as many of one as of the other, in the same order"
             )
-        if not hypotheses:
+        if len(hypotheses) == 0:
             raise DataError("there are no outputs: expected one or more, each with its references")
         for number, group in enumerate(references, start=1):
             if isinstance(group, str):
                 raise DataError(f"the references of output {number} are one text: expected a list of texts")
-            if not group or not all(reference.strip() for reference in group):
+            if len(group) == 0 or not all(isinstance(text, str) and text.strip() for text in group):
                 raise DataError(f"output {number} has no reference, or a blank one: expected one or more texts")
+        for number, text in enumerate(hypotheses, start=1):
+            if not isinstance(text, str):
+                raise DataError(
+                    f"output {number} is no text: expected one, which may be empty; got {type(text).__name__}"
+                )
         self.references = [[_one_line(reference) for reference in group] for group in references]
         self.hypotheses = [_one_line(text) for text in hypotheses]
 

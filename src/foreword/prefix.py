@@ -124,9 +124,7 @@ class Card:
             # an infix has no file format
             and card.training.get("infix") is not True
         ):
-            raise PrefixFileError(
-                "the card in the file's header has fields of the wrong kind: the file is damaged or not foreword's"
-            )
+            raise PrefixFileError("the card has fields of the wrong kind: the file is damaged, or not foreword's")
         return card
 
 
@@ -143,10 +141,11 @@ class Prefix:
         PrefixFileError: sections or shapes that no base can have, or numbers that are not finite.
     """
 
-    sections: Mapping[str, Sequence[Layer]]
+    sections: Mapping[str, Sequence[Layer]] = field(repr=False)
     card: Card
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sections", {section: list(layers) for section, layers in self.sections.items()})
         names = set(self.sections)
         if names not in ({"decoder"}, set(SECTIONS)):
             raise PrefixFileError(
@@ -235,7 +234,11 @@ class Prefix:
         return self
 
     def to_bytes(self, dtype: torch.dtype = torch.bfloat16) -> bytes:
-        """The whole file, with tensors in `dtype` (bfloat16 or float32; see `check_dtype`)."""
+        """The whole file, with tensors in `dtype`, see `check_dtype`.
+
+        Raises:
+            PrefixFileError: numbers too large for `dtype`, or a card that `load` would refuse.
+        """
         check_dtype(dtype)
         if self.infix:
             raise PrefixFileError("an infix is an ablation and has no file format: use it in memory, or train a prefix")
@@ -243,9 +246,16 @@ class Prefix:
         for section, i, keys, values in self._walk():
             for kind, tensor in (("keys", keys), ("values", values)):
                 # a copy, since tensors that share memory are refused
-                tensors[f"{section}.{i}.{kind}"] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+                kept = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+                if not torch.isfinite(kept).all():
+                    raise PrefixFileError(
+                        f"{section}.{i}: expected numbers that {dtype} has; got larger ones: take float32"
+                    )
+                tensors[f"{section}.{i}.{kind}"] = kept
         # one entry: safetensors writes several in an order that changes from run to run
-        return safetensors_bytes(tensors, metadata={"foreword": self.card.to_json()})
+        metadata = {"foreword": self.card.to_json()}
+        self._read_card(metadata)
+        return safetensors_bytes(tensors, metadata=metadata)
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> None:
         """Write the file aside and rename it, so that `path` is never half a file."""
@@ -279,6 +289,10 @@ class Prefix:
         except FileNotFoundError:
             raise FileNotFoundError(f"no prefix file at {path}") from None
         except OSError as error:
+            if os.path.isdir(path):
+                raise PrefixFileError(
+                    f"{path}: cannot be read as a prefix file, as it is a folder: name the file in it"
+                ) from None
             raise PrefixFileError(f"{path}: cannot be read as a prefix file ({one_line(error)})") from None
         return prefix if base is None else prefix.check(base)
 

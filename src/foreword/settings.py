@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from foreword.errors import SettingsError
 
@@ -15,6 +17,22 @@ REPARAMETRIZATIONS: tuple[Reparametrization, ...] = get_args(Reparametrization)
 
 DEFAULT_LR = {"direct": 5e-2, "mlp": 1e-3, "embedding": 2e-2}
 """The peak learning rate of each reparametrization, unless another is given."""
+
+
+def as_numbers(settings: Any, kind: type[int] | type[float], names: Iterable[str]) -> None:
+    """Make Python's own numbers of what may be numpy's, or a configuration file's, in a frozen dataclass.
+
+    Raises:
+        SettingsError: one is no such number.
+    """
+    as_kind: Callable[[Any], Any] = operator.index if kind is int else float
+    for name in names:
+        value = getattr(settings, name)
+        try:
+            object.__setattr__(settings, name, None if value is None else as_kind(value))
+        except (TypeError, ValueError):
+            what = "whole number" if kind is int else "number"
+            raise SettingsError(f"expected a {what} for {name}; got {value!r}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +79,11 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        counts = ("length", "hidden", "epochs", "batch_size", "accumulation", "max_output_tokens")
+        as_numbers(self, int, (*counts, "patience", "seed"))
+        as_numbers(self, float, ("lr", "warmup", "clip", "weight_decay"))
         least = {
-            **dict.fromkeys(("length", "hidden", "epochs", "batch_size", "accumulation", "max_output_tokens"), 1),
+            **dict.fromkeys(counts, 1),
             **dict.fromkeys(("clip", "weight_decay", "patience", "seed"), 0),
         }
         for name, low in least.items():

@@ -48,7 +48,12 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, float16, float32, or auto: b
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default cuda where there is one.")]
 Input = Annotated[str, typer.Option(help="Column of x.")]
 Output = Annotated[str, typer.Option(help="Column of y.")]
-Template = Annotated[str | None, typer.Option(help="How x is made of a row's columns; \\n is a line break.")]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="How x is made of a row's columns; \\n is a line break. By default as --init-from, or '{input}\\n'."
+    ),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Rows have messages, framed by the base's chat template.")]
 MaxInputTokens = Annotated[int | None, typer.Option(min=1, help="Cut a longer x.")]
 MaxOutputTokens = Annotated[int | None, typer.Option(min=1, help="Cut a longer y.")]
@@ -76,11 +81,16 @@ def settings_of(options: Mapping[str, Any]) -> TrainSettings:
     return TrainSettings(**{name: value for name, value in options.items() if name in names})
 
 
-def framing_of(template: str | None, chat: bool, max_input_tokens: int | None) -> Framing:
+def framing_of(
+    template: str | None, chat: bool, max_input_tokens: int | None, init_from: Prefix | None = None
+) -> Framing:
     from foreword.prefix import Framing
 
     if chat and template is not None:
         raise SettingsError("--chat and --template exclude each other: the chat template frames x")
+    if init_from is not None and template is None and not chat:
+        learnt = init_from.card.framing
+        return dataclasses.replace(learnt, max_input_tokens=max_input_tokens or learnt.max_input_tokens)
     return Framing(
         template=Framing.template if template is None else typed(template),
         chat=chat,

@@ -21,17 +21,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save as safetensors_bytes
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from foreword.attach import Attachment, attach
+from foreword.attention import NAME
 from foreword.checkpoint import check_out, checkpoint_of, read_checkpoint, write_checkpoint
 from foreword.data import Record, collate
 from foreword.errors import SettingsError
-from foreword.learner import Learner, checkpointing, init_name, make_trainable
+from foreword.learner import Learner, checkpointing, default_framing, init_name, make_trainable
 from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix, check_dtype
 from foreword.settings import TrainSettings
 from foreword.version import __version__
+from foreword.writing import write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,7 +104,7 @@ def train(
         records: mappings with "input" and "output", or "messages"; see `foreword.data`.
         dev: as `records`; after every epoch their loss is taken, and the prefix with the lowest is kept.
         settings: see `TrainSettings`.
-        framing: how x is made of a record; the card keeps it.
+        framing: how x is made of a record; the card keeps it. Default: as for `init_from`, or `Framing()`.
         init_from: a saved prefix to go on from; its length is taken.
         out: where the `.safetensors` file goes; a checkpoint lies beside it, under the name `OUT.checkpoint`, until
             the run is done. Default: nothing is written.
@@ -113,7 +118,7 @@ def train(
         on_step: called after every step.
 
     Returns:
-        the trained prefix, in float32.
+        the trained prefix, in float32; of a base in float64, in that.
 
     Raises:
         DataError: records that cannot be used. TooLongError: one does not fit the base's context.
@@ -122,7 +127,7 @@ def train(
         TrainingError: the loss is not finite, or the checkpoint beside `out` belongs to another run.
     """
     settings = settings or TrainSettings()
-    framing = framing or Framing()
+    framing = framing or default_framing(init_from)
     if accelerator is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SettingsError(
             "expected an accelerator in one of several processes: give accelerator=accelerate.Accelerator()"
@@ -163,7 +168,11 @@ def train(
 
     work = Work(base, learner.trainable.length)
     count, tokens, operations, seconds = 0, 0, 0.0, 0.0
-    with attach(base.model, learner.trainable) as attachment, checkpointing(base, settings.gradient_checkpointing):
+    with (
+        torch.enable_grad(),
+        attach(base.model, learner.trainable) as attachment,
+        checkpointing(base, settings.gradient_checkpointing),
+    ):
         for group in learner.groups():
             began = time.perf_counter()
             lr = learner.lr_at(learner.step)
@@ -280,18 +289,20 @@ def attach_trainable(
             trainer.train()
             trainer.save_model("out")       # writes out/prefix.safetensors, and nothing of the base
 
+    A trainer's checkpoints hold what is trained too, so that it can go on from them, or take the best.
+
     Args:
         base: its model is frozen; only the parameters below its new submodule `foreword` require gradients.
         settings: of them length, reparametrization, hidden, init_text and seed count; without `init_text` or
             `init_from` the prefix starts as small noise, since there are no rows here.
-        framing: what the card will say of how x is made.
+        framing: what the card will say of how x is made. Default: as for `init_from`, or `Framing()`.
         init_from: a saved prefix to go on from.
 
     Returns:
         the attachment; `detach()` it, or leave the `with` block, when done.
     """
     settings = settings or TrainSettings()
-    framing = framing or Framing()
+    framing = framing or default_framing(init_from)
     trainable = make_trainable(base, (), settings, init_from)
 
     def save(folder: str | os.PathLike[str]) -> None:
@@ -303,5 +314,10 @@ def attach_trainable(
             training={"reparametrization": settings.reparametrization, "foreword": __version__},
         )
         trainable.fold(card).save(Path(folder) / FILE_NAME)
+        if Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            # by the names that they have in the model, which the trainer loads them into
+            state = {f"{NAME}.{name}": tensor.contiguous() for name, tensor in trainable.state_dict().items()}
+            with write_atomically(Path(folder) / SAFE_WEIGHTS_NAME) as aside:
+                aside.write_bytes(safetensors_bytes(state, {"format": "pt"}))
 
     return attach(base.model, trainable, save=save)

@@ -113,11 +113,13 @@ def export_peft(prefix: Prefix, base: Base, folder: str | os.PathLike[str]) -> N
 
     Raises:
         WrongBaseError: the prefix is of another base.
-        PrefixFileError: the base is an encoder-decoder, or its layers differ in shape.
+        PrefixFileError: the base is an encoder-decoder, its layers differ in shape, or the prefix is an infix.
         SettingsError: the folder holds something already, or is a file.
         OSError: it cannot be written there.
     """
     prefix.check(base)
+    if prefix.infix:
+        raise PrefixFileError("expected a prefix; got an infix, which PEFT has none of")
     dimensions = _dimensions(base)
     # every field that PEFT writes, so that nothing is left to the reader's defaults
     config = {

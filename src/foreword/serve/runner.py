@@ -87,6 +87,7 @@ class Runner:
         self.base = base
         self._slots = Slots(base.shapes, device=base.device, dtype=base.dtype)
         self._attachment = attach(base.model, self._slots)
+        base.model.eval()  # a trainer may have left it in training mode, in which there may be no cache
         self.clear()
         self._embedding: Any = None
         if base.is_encoder_decoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
@@ -93,6 +95,25 @@ class Files:
             return list(pool.map(function, items))
 
 
+class ServerFiles(Files):
+    """The same on a server of files (SFTP, SMB), where a file is seen before it is whole, and can be renamed."""
+
+    def write(self, path: str, data: bytes) -> None:
+        if not data:
+            super().write(path, data)
+            return
+        folder, _, name = path.rpartition("/")
+        aside = f"{folder}/.{name[:40]}.{secrets.token_hex(6)}.part"
+        super().write(aside, data)
+        try:
+            self.filesystem.mv(self.path(aside), self.path(path))
+        except Exception:  # its filesystems raise what they like
+            self.remove(aside)
+            # some rename over nothing; what is there is the same, since no file is ever changed
+            if not self.filesystem.exists(self.path(path)):
+                raise
+
+
 class LocalFiles(Files):
     """The same in a folder of this machine, where fsspec neither writes atomically nor lists fast."""
 
@@ -159,4 +180,8 @@ def open_files(url: str, options: Mapping[str, Any]) -> Files:
             root = filesystem._strip_protocol(url)
     except Exception as error:  # its filesystems raise what they like
         raise StoreError(f"expected a folder or a URL that fsspec can open; got {url!r}: {one_line(error)}") from None
-    return (LocalFiles if isinstance(filesystem, LocalFileSystem) else Files)(filesystem, root)
+    if isinstance(filesystem, LocalFileSystem):
+        return LocalFiles(filesystem, root)
+    # an object store has no rename of its own: there, a file is seen when it is whole
+    renames = type(filesystem).mv is not AbstractFileSystem.mv
+    return (ServerFiles if renames else Files)(filesystem, root)

@@ -101,10 +101,15 @@ class Store:
 
         Raises:
             PrefixFileError: the bytes are no prefix file.
+            SettingsError: it is neither a prefix nor bytes.
             StoreError: the name cannot be used.
         """
         name, key = check_name(name), key_of(name)
-        data = prefix.to_bytes(dtype) if isinstance(prefix, Prefix) else prefix
+        if not isinstance(prefix, Prefix | bytes | bytearray | memoryview):
+            raise SettingsError(
+                f"expected a prefix, or the bytes of its file; got {type(prefix).__name__}: give Prefix.load(path)"
+            )
+        data = prefix.to_bytes(dtype) if isinstance(prefix, Prefix) else bytes(prefix)
         Prefix.from_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
         for left in reversed(range(TRIES)):
