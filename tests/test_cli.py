@@ -501,6 +501,7 @@ def spoilt(folder: Path, prefix: Path) -> None:
     jsonl(folder / "pair.jsonl", [{"input": "\ud800", "output": "b"}])
     jsonl(folder / "long.jsonl", [{"input": "a" * (CONTEXT - 12), "output": "b"}])
     jsonl(folder / "own.jsonl", [{"input": "a", "prefix": "none.safetensors"}])
+    jsonl(folder / "given.part", [{"input": "a"}])
     jsonl(folder / "own3.jsonl", [{"input": "a", "prefix": 3}])
     (folder / "cut.safetensors").write_bytes(prefix.read_bytes()[:-9])
     (folder / "text.safetensors").write_text("no prefix")
@@ -556,6 +557,7 @@ BEFORE = {
     "output: the prefix": ([*GENERATE, "--prefix", "{prefix}", "--input-file", "rows.jsonl", "--output", "{prefix}"], "expected another file to write to"),
     "output: a folder": ([*GENERATE, "--input-file", "rows.jsonl", "--output", "folder"], "expected a file to write to; folder is a folder"),
     "output: below a file": ([*GENERATE, "--input-file", "rows.jsonl", "--output", "old.safetensors/o"], "old.safetensors"),
+    "output: the rows are its .part": ([*GENERATE, "--input-file", "given.part", "--output", "given"], "expected another file to write to than given.part"),
     "output: of something else": ([*GENERATE, "--input-file", "rows.jsonl", "--output", "old.safetensors"], "old.safetensors is there already"),
     "import: there": (["import-peft", "folder", "--base", "{base}", "--out", "old.safetensors"], "is there already"),
     "import: template": (["import-peft", "folder", "--base", "{base}", "--out", "p", "--template", "{{inp"], "expected a template such as"),

@@ -172,6 +172,8 @@ SHARED = ("train-many", "--base", "nowhere", "--out", "S", "--data")
         ([*SHARED, "u.jsonl", "--init-from", "none"], "no prefix file at none"),
         ([*SHARED, "u.jsonl", "--out", "memory://S"], "expected --report FILE, since the store memory://S is no local folder"),
         ([*SHARED, "u.jsonl", "--out", "u.jsonl", "--report", "r"], "expected a store at u.jsonl; it is something else"),
+        ([*SHARED, "pipe"], "pipe: expected a file that can be read again; got a folder or a pipe"),
+        ([*SHARED, "u.jsonl", "--report", "u.jsonl/r"], "expected a folder to write to; u.jsonl is none"),
         (["store", "ls", "none"], "expected a store at none; there is none"),
         (["store", "put", "S", "a\nb", "p"], "expected a name that is one line of text"),
         (["store", "put", "S", "bob", "none"], "no prefix file at none"),
@@ -188,6 +190,7 @@ def test_bad_input_is_one_line(
     arguments: Any,
     message: str,
 ) -> None:
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "bad.jsonl").write_text('{"user": "b", "input": "1", "output": "2"}\n{"us\n')
     monkeypatch.setattr(foreword.bases, "load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     before = written(tmp_path)

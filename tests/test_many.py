@@ -400,7 +400,7 @@ def test_names_that_the_store_refuses_fail_alone(tmp_path: Path) -> None:
     assert "U+D800" in str(errors["\ud800"])
     assert errors["../../up"] is errors["é"] is None
     assert [version.name for version in store.page().versions] == ["../../up", "é"]
-    assert all(json.loads(report.to_json())["user"] == user for user, report in reports.items())
+    assert all(report.to_dict()["user"] == user for user, report in reports.items())
 
 
 def test_a_user_without_development_rows_fails_alone(tmp_path: Path) -> None:

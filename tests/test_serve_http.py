@@ -441,7 +441,54 @@ def test_damaged_and_foreign_prefixes_of_the_store(world: World, tmp_path: Path)
         assert world.complete(client, "good").status_code == 200
 
 
+def test_a_store_that_has_gone_is_no_prefix_that_has(world: World, tmp_path: Path) -> None:
+    """Its volume may be mounted again: nobody is told that a prefix was deleted, and nothing is written beside it."""
+    world.put("alice", "bob")
+    with world.http() as client:
+        assert world.complete(client, "alice").status_code == 200
+        (tmp_path / "store").rename(tmp_path / "moved")
+        assert world.complete(client, "alice").status_code == 200  # it is in memory
+        assert error_of(world.complete(client, "bob"))["code"] == "internal_error"
+        assert client.put("/v1/prefixes/new", content=prefix_for(world.base, 5).to_bytes()).status_code == 500
+        assert client.delete("/v1/prefixes/bob").status_code == 500
+        assert not (tmp_path / "store").exists()
+        (tmp_path / "moved").rename(tmp_path / "store")
+        assert world.complete(client, "bob").status_code == 200
+        assert world.complete(client, "none").status_code == 404
+
+
+def test_a_prefix_that_is_called_as_the_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    world = World(tmp_path)
+    world.put(BASE, "other")
+    with caplog.at_level(logging.WARNING, "foreword"), world.running(), world.http() as client:
+        assert [one["id"] for one in client.get("/v1/models").json()["data"]] == [BASE, "other"]
+        assert world.complete(client, BASE).status_code == 200
+        assert world.engine.requests[-1].prefix is None
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the prefix '{BASE}' is never used: the base is called so; see --base-name"
+    ]
+
+
 # under load
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", "/v1/prefixes/p"), ("POST", "/v1/completions")])
+def test_who_hangs_up_while_sending(world: World, method: str, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = world.url.removeprefix("http://").split(":")
+    with caplog.at_level(logging.ERROR, "foreword"), world.http() as client:
+        with socket.create_connection((host, int(port))) as own:
+            head = (
+                f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+            )
+            own.sendall(head.encode() + b'{"a')
+        until(lambda: figures(client)["foreword_abandoned_total", ()] == 1)
+        statuses = {
+            dict(labels)["status"]
+            for (name, labels) in figures(client)
+            if name == "foreword_requests_total" and dict(labels)["route"].split("{")[0] in path
+        }
+        assert statuses == {"499"}
+    assert not caplog.records
 
 
 def test_too_many(tmp_path: Path) -> None:

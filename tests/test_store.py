@@ -1090,6 +1090,28 @@ def test_threads(url: str) -> None:
     assert list(store.verify()) == []
 
 
+def test_a_store_that_has_gone(tmp_path: Path) -> None:
+    for url in (str(tmp_path / "store"), f"server://{tmp_path}/store"):
+        store = Store(url, create=True)
+        store.put("alice", bytes_of(1))
+        (tmp_path / "store").rename(tmp_path / "moved")
+        gone = "the store is not there any more: was it moved, or is its volume not mounted"
+        for call in (
+            lambda store=store: store.put("alice", bytes_of(2)),
+            lambda store=store: store.put("bob", bytes_of(2)),
+            lambda store=store: store.get("alice"),
+            lambda store=store: store.delete("alice"),
+            lambda store=store: store.rebuild(),
+        ):
+            with pytest.raises(OSError, match=gone) as caught:
+                call()
+            assert not isinstance(caught.value, FileNotFoundError)
+        assert not (tmp_path / "store").exists()
+        (tmp_path / "moved").rename(tmp_path / "store")
+        assert equal(store.get("alice"), prefix_of(1))
+        store.delete("alice")
+
+
 @pytest.mark.parametrize("renames", [True, False])
 def test_nobody_sees_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: bool) -> None:
     """A server of files shows a file while it is written; some rename over nothing that is there."""

@@ -18,9 +18,10 @@ from tiny import CONTEXT, tiny_model, tiny_tokenizer
 import foreword
 import foreword.bases
 import foreword.generation
-from foreword.errors import SettingsError, TooLongError
+from foreword.errors import DataError, SettingsError, TooLongError
 from foreword.evaluate import score, score_groups
 from foreword.generation import GenerateSettings, generate
+from foreword.outputs import Outputs
 from foreword.tasks import Example, evaluation
 from foreword.tasks.evaluation import groups_of, outputs_of
 
@@ -60,6 +61,15 @@ def test_outputs_are_the_prefixs_and_are_kept(tmp_path: Path) -> None:
     ]
     assert list(file.parent.iterdir()) == [file]
     assert outputs_of(never, prefix, EXAMPLES, SETTINGS, file) == expected
+
+
+def test_outputs_that_were_sorted_since(tmp_path: Path) -> None:
+    base, prefix = of_gpt2()
+    expected = outputs_of(lambda: base, prefix, EXAMPLES, SETTINGS, tmp_path / "o.jsonl")
+    lines = (tmp_path / "o.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "o.jsonl").write_text("".join(lines[::-1]), "utf-8")
+    assert outputs_of(never, prefix, EXAMPLES, SETTINGS, tmp_path / "o.jsonl") == expected
+    assert len(set(expected)) > 1
 
 
 @pytest.mark.parametrize("torn", [0, 7, 20, 40])
@@ -141,6 +151,14 @@ def test_an_input_that_is_too_long_is_named_before_anything_is_generated(tmp_pat
         outputs_of(lambda: base, prefix, [*EXAMPLES, long], SETTINGS, tmp_path / "o.jsonl", on_rows=done.append)
     assert sum(done) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_records_that_are_nested_too_deep(tmp_path: Path) -> None:
+    nested: Any = 0
+    for _ in range(20_000):
+        nested = [nested]
+    with pytest.raises(DataError, match="expected records that JSON can hold; one is nested too deep"):
+        Outputs(tmp_path / "o", [{"input": "a", "more": nested}], [None], settings=SETTINGS)
 
 
 def test_another_batch_size_is_the_same_evaluation(tmp_path: Path) -> None:

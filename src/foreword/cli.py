@@ -53,6 +53,8 @@ def main() -> None:
             if error.errno in FULL:
                 message += ": what was there is unchanged; make room, and run this again"
         _end(message)
+    except UnicodeEncodeError as error:
+        _end(f"expected Unicode text in the arguments; got a lone surrogate, {error.object[error.start]!a}")
     except (MemoryError, RuntimeError) as error:
         # torch has a kind of its own for a GPU, and none for a CPU
         if not (type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "you tried to allocate" in str(error)):
@@ -259,7 +261,7 @@ def generate(
     from foreword.data import column_names, read_records, renamed
     from foreword.generation import GenerateSettings, stream
     from foreword.generation import generate as generate_texts
-    from foreword.outputs import Outputs
+    from foreword.outputs import Outputs, part_of
     from foreword.prefix import Framing, Prefix
     from foreword.store import Store
 
@@ -295,7 +297,8 @@ def generate(
     assert output_file is not None
     rows, names = read_records(input_file), column_names(input, "output")
     records = [renamed(row, names, f"{input_file}, record {number}") for number, row in enumerate(rows, 1)]
-    check_apart(output_file, input_file, prefix)
+    for written in (output_file, part_of(output_file)):
+        check_apart(written, input_file, prefix)
     check_new(output_file, overwrite=overwrite)
     opened = None if store is None else Store(store)
     if store is not None and prefix is None and not any(record.get("prefix") for record in records):

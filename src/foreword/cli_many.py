@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +17,7 @@ from foreword import terminal as t
 from foreword.errors import SettingsError
 from foreword.settings import TrainSettings
 from foreword.terminal import err, out, shown
-from foreword.writing import check_apart, write_atomically
+from foreword.writing import check_apart, check_new, write_atomically, write_jsonl
 
 if TYPE_CHECKING:
     from foreword.many import UserFile, UserReport
@@ -89,6 +88,8 @@ def train_many(
     file_dtype = t.file_dtype(save_dtype)
     report = report or _beside(out_store)
     check_apart(report, data, dev, init_from)
+    # now, and not when all the work is done
+    check_new(report, overwrite=True)
 
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -109,14 +110,11 @@ def train_many(
     if device is None and state.num_processes > 1:
         device = str(state.device)
     began = time.perf_counter()
-    with ExitStack() as stack:
-        # opened before the work, so that a report that cannot be written is found out now
-        aside = stack.enter_context(write_atomically(report)) if state.is_main_process else None
-        frozen = load_base(base, dtype=dtype, device=device)
-        progress = _Progress(users, settings.epochs, state.process_index, state.num_processes)
-        stack.enter_context(progress.bar)
-        reports = []
-        try:
+    frozen = load_base(base, dtype=dtype, device=device)
+    progress = _Progress(users, settings.epochs, state.process_index, state.num_processes)
+    reports = []
+    try:
+        with progress.bar:
             for one in many.train_many(
                 frozen,
                 users,
@@ -134,19 +132,16 @@ def train_many(
             ):
                 reports.append(one)
                 progress.tell(one)
-        except KeyboardInterrupt:
-            err.print("interrupted: the same command again goes on, and trains nobody twice")
-            raise
-        speed = progress.passes / (time.perf_counter() - progress.began)
-        everybody: list[UserReport] = gather_object(reports)
-        speeds: list[float] = gather_object([speed])
-        if aside is not None:
-            places = {user: place for place, user in enumerate(users.users)}
-            everybody.sort(key=lambda one: places[one.user])
-            # half a surrogate pair, which JSON can hold and UTF-8 can't, is written as JSON does
-            with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(one.to_json() + "\n" for one in everybody)
-    if aside is not None:
+    except KeyboardInterrupt:
+        err.print("interrupted: the same command again goes on, and trains nobody twice")
+        raise
+    speed = progress.passes / (time.perf_counter() - progress.began)
+    everybody: list[UserReport] = gather_object(reports)
+    speeds: list[float] = gather_object([speed])
+    if state.is_main_process:
+        places = {user: place for place, user in enumerate(users.users)}
+        everybody.sort(key=lambda one: places[one.user])
+        write_jsonl(report, (one.to_dict() for one in everybody))
         summary = _summary(everybody)
         out.print(
             f"{shown(out_store)}: {summary}; {time.perf_counter() - began:.0f} s, {sum(speeds):,.0f} rows/s; "
@@ -157,6 +152,7 @@ def train_many(
 
 
 def _beside(store: str) -> Path:
+    store = store.removeprefix("file://")
     if "://" in store:
         raise SettingsError(f"expected --report FILE, since the store {store} is no local folder")
     folder = Path(os.path.expanduser(store))

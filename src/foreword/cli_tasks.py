@@ -95,6 +95,7 @@ def evaluate(
     from foreword.evaluate import score_groups
     from foreword.generation import GenerateSettings
     from foreword.metrics import chosen
+    from foreword.outputs import part_of
     from foreword.prefix import Prefix
     from foreword.tasks import evaluation
 
@@ -108,7 +109,8 @@ def evaluate(
     chosen(metrics)
     examples = examples[:limit]
     outputs = outputs or prefix.with_name(f"{prefix.stem}.{task}.outputs.jsonl")
-    check_apart(outputs, prefix, *tasks.files(task, data, split=split))
+    for written in (outputs, part_of(outputs)):
+        check_apart(written, prefix, *tasks.files(task, data, split=split))
 
     def frozen() -> Base:
         return load_base(base, dtype=dtype, device=device)

@@ -64,9 +64,9 @@ class UserReport:
     error: str | None = None
     skipped: bool = False
 
-    def to_json(self) -> str:
-        """One line of the report; what there is not is left out."""
-        return json.dumps({k: v for k, v in asdict(self).items() if v is not None}, ensure_ascii=False)
+    def to_dict(self) -> dict[str, Any]:
+        """A row of the report; what there is not is left out."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
 
 class _Slots(nn.Module):

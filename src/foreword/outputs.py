@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreword import generation
-from foreword.errors import SettingsError
+from foreword.errors import DataError, SettingsError
 from foreword.prefix import Framing, Prefix
 from foreword.version import __version__
 from foreword.writing import check_file, write_atomically, write_jsonl
@@ -24,7 +24,12 @@ from foreword.writing import check_file, write_atomically, write_jsonl
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["Outputs"]
+__all__ = ["Outputs", "part_of"]
+
+
+def part_of(file: str | os.PathLike[str]) -> Path:
+    """Where the outputs are until there is one for every row."""
+    return Path(f"{Path(file)}.part")
 
 
 class Outputs:
@@ -42,6 +47,7 @@ class Outputs:
 
     Raises:
         SettingsError: `file` or `FILE.part` is a folder or a device, or `FILE.part` has something else.
+        DataError: an input is nested too deep.
     """
 
     def __init__(
@@ -56,15 +62,18 @@ class Outputs:
         overwrite: bool = False,
         on_rows: Callable[[int], None] | None = None,
     ):
-        self.file, self.part = Path(file), Path(f"{Path(file)}.part")
+        self.file, self.part = Path(file), part_of(file)
         self._inputs, self._prefixes, self._settings, self._framing = inputs, prefixes, settings, framing
         self._on_rows = on_rows
-        contents = {id(one): one.to_bytes(torch.float32) for one in prefixes if one is not None}
-        hashes = {key: hashlib.sha256(content).hexdigest() for key, content in contents.items()}
+        own = {id(one): one for one in prefixes if one is not None}
+        hashes = {key: hashlib.sha256(one.to_bytes(torch.float32)).hexdigest() for key, one in own.items()}
         how = {**dataclasses.asdict(settings), "batch_size": None}
         frame = None if framing is None else dataclasses.asdict(framing)
         facts = [how, frame, list(inputs), [hashes.get(id(one)) for one in prefixes], list(identity), __version__]
-        self.run = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        try:
+            self.run = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        except RecursionError:
+            raise DataError("expected records that JSON can hold; one is nested too deep") from None
         for path in (self.file, self.part):
             check_file(path)
         begun = self.rows_of(self.part, "row", overwrite=overwrite)

@@ -33,6 +33,10 @@ class UserFile:
         self.path, self.by = Path(path), by
         self._names = column_names(input, output)
         self._places: dict[str, array[int]] = {}
+        if self.path.exists() and not self.path.is_file():
+            raise DataError(
+                f"{self.path}: expected a file that can be read again; got a folder or a pipe: write it to a file"
+            )
         place = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foreword.serve.metrics import Metrics
@@ -92,6 +93,7 @@ class Told:
         facts: MutableMapping[str, Any] = {"request": id, "method": scope["method"]}
         scope.setdefault("state", {}).update(request_id=id, facts=facts)
         status = 0
+        whole = hung_up = False
         began = time.perf_counter()
 
         async def told_send(message: Message) -> None:
@@ -101,16 +103,26 @@ class Told:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", id.encode())]
             await send(message)
 
+        async def told_receive() -> Message:
+            nonlocal whole, hung_up
+            message = await receive()
+            whole |= message["type"] == "http.request" and not message.get("more_body", False)
+            # in the middle of the body; whoever reads it may take that for a body that is wrong
+            hung_up |= message["type"] == "http.disconnect" and not whole
+            return message
+
         try:
-            await self.app(scope, receive, told_send)
-        except HungUpError:
-            self.metrics.abandoned.inc()
-            status = status or HUNG_UP
+            await self.app(scope, told_receive, told_send)
+        except (HungUpError, ClientDisconnect):
+            hung_up = True
         except Exception as error:
             log.exception("a request failed", extra={"facts": {"request": id}})
             if not status:
                 await problem_of(error).response()(scope, receive, told_send)
         finally:
+            if hung_up:
+                self.metrics.abandoned.inc()
+                status = HUNG_UP if not whole else status or HUNG_UP
             route = getattr(scope.get("route"), "path", None) or "none"
             seconds = time.perf_counter() - began
             self.metrics.requests.labels(route, str(status)).inc()

@@ -32,7 +32,7 @@ def _created(version: Version) -> int:
     return version.stamp // 1_000_000
 
 
-def _usable(store: Store, key: Key) -> Iterator[Version]:
+def _usable(store: Store, key: Key, base_name: str) -> Iterator[Version]:
     """The newest version of every prefix that a key may use, head by head of its patterns."""
     heads = {""} if key.admin else {pattern.partition("*")[0] for pattern in key.prefixes}
     for head in heads:
@@ -41,7 +41,7 @@ def _usable(store: Store, key: Key) -> Iterator[Version]:
         cursor: str | None = ""
         while cursor is not None:
             page = store.page(cursor, PAGE, begins=head)
-            yield from (version for version in page.versions if key.may_use(version.name))
+            yield from (one for one in page.versions if key.may_use(one.name) and one.name != base_name)
             cursor = page.cursor
 
 
@@ -49,7 +49,9 @@ def _usable(store: Store, key: Key) -> Iterator[Version]:
 async def models(request: HttpRequest, key: Asking) -> schemas.ModelList:
     """The base, and every prefix that the key may use."""
     service: Service = request.app.state.service
-    versions = await asyncio.to_thread(lambda: sorted(_usable(service.store, key), key=lambda one: one.name))
+    versions = await asyncio.to_thread(
+        lambda: sorted(_usable(service.store, key, service.base_name), key=lambda one: one.name)
+    )
     data = [schemas.ModelInfo(id=one.name, created=_created(one), owned_by="foreword") for one in versions]
     return schemas.ModelList(data=[_base_info(service), *data])
 

@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -19,7 +19,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request as HttpRequest
 
 from foreword.data import fields_of, frame
-from foreword.errors import DataError, StoreError, TooLongError
+from foreword.errors import DataError, NoSuchPrefixError, StoreError, TooLongError
 from foreword.prefix import Framing
 from foreword.serve.access import OPEN, Key, KeyFile
 from foreword.serve.catalog import Catalog, Entry
@@ -131,6 +131,8 @@ class Service:
             await self.engine.start()
             # computed once, over the whole base and its vocabulary
             await asyncio.to_thread(lambda: (self.base.fingerprint, self._longest_token))
+            if await asyncio.to_thread(self.store.versions, self.base_name):
+                log.warning("the prefix %r is never used: the base is called so; see --base-name", self.base_name)
         except Exception as error:
             if self._state == "starting":
                 self.failure = error
@@ -196,12 +198,13 @@ class Service:
     async def entry(self, key: Key, name: str) -> Entry:
         """The newest version of a prefix that the key may use. Raises `Problem` (404), or what a damaged file raises."""
         try:
-            # somebody else's is not looked for: neither its damage nor its size is to be told from its absence
-            if key.may_use(check_name(name)):
-                return await self.catalog.find(name)
+            may_use = key.may_use(check_name(name))
         except StoreError:
-            # there is none; and what cannot be a name is nobody's name
-            pass
+            may_use = False  # what cannot be a name is nobody's name
+        # somebody else's is not looked for: neither its damage nor its size is to be told from its absence
+        if may_use:
+            with suppress(NoSuchPrefixError):
+                return await self.catalog.find(name)
         raise no_such_model(name)
 
     async def model(self, request: HttpRequest, key: Key, name: str) -> Entry | None:

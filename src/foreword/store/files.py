@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import secrets
@@ -18,6 +19,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from foreword.errors import StoreError, one_line
 from foreword.writing import write_atomically
+
+SIGN = "foreword-store.json"
+"""Says that a folder is a store."""
 
 WORKERS = 16
 
@@ -54,6 +58,14 @@ class Files:
     def read(self, path: str) -> bytes:
         return bytes(self.filesystem.cat_file(self.path(path)))
 
+    def check(self) -> None:
+        """Raise `OSError` where the store has gone since it was opened: nothing of it is there, and none is made anew."""
+        try:
+            self.read(SIGN)
+        except FileNotFoundError:
+            what = "the store is not there any more: was it moved, or is its volume not mounted?"
+            raise OSError(errno.ENODEV, what, self.root) from None
+
     def write(self, path: str, data: bytes) -> None:
         """Write a file that is there whole or not at all."""
         path = self.path(path)
@@ -63,6 +75,8 @@ class Files:
             # a server of files has folders to make; a bucket, which has no slash in its name, is never made
             if "/" not in self.root:
                 raise
+            if SIGN not in path:
+                self.check()
             with suppress(FileExistsError):
                 self.filesystem.mkdir(self.root, create_parents=False)
             self.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -137,6 +151,8 @@ class LocalFiles(Files):
         return Path(self.path(path)).read_bytes()
 
     def write(self, path: str, data: bytes) -> None:
+        if path != SIGN:
+            self.check()
         if data:
             with write_atomically(self.path(path)) as aside:
                 aside.write_bytes(data)

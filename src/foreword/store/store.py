@@ -16,7 +16,7 @@ import torch
 
 from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, StoreError
 from foreword.prefix import Prefix
-from foreword.store.files import open_files
+from foreword.store.files import SIGN, open_files
 from foreword.store.index import SECOND, WINDOW, Changes, Index, Page, Token, home
 from foreword.store.names import (
     EPOCH,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from foreword.bases import Base
 
 LAYOUT = 1
-SIGN = "foreword-store.json"
 TRIES = 10
 
 
@@ -179,6 +178,8 @@ class Store:
         return found[0]
 
     def _missing(self, name: str) -> NoSuchPrefixError:
+        """Or `OSError`, where the whole store is missing."""
+        self._files.check()
         return NoSuchPrefixError(f"no prefix named {name!r} in {self.url}: check the name, or put it first")
 
     def read(self, version: Version) -> bytes:

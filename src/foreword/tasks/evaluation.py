@@ -95,7 +95,12 @@ def outputs_of(
         overwrite=overwrite,
         on_rows=on_rows,
     )
-    done = [row["output"] for row in outputs.rows_of(outputs.file, overwrite=overwrite)]
+    whole = {
+        (row["id"], row["input"]): row["output"]
+        for row in outputs.rows_of(outputs.file, "id", "input", overwrite=overwrite)
+    }
+    # by what they are outputs of: a file may have been sorted since
+    done = [whole[one.id, one.input] for one in examples if (one.id, one.input) in whole]
     if len(done) == len(examples):
         if on_rows is not None:
             on_rows(len(done))
