@@ -152,6 +152,8 @@ def test_records_that_are_none_are_refused() -> None:
                 rows_of(base, [record], framing)  # type: ignore[list-item]
     (row,) = rows_of(base, [{"input": np.int64(3), "output": np.float32(0.5)}], Framing())
     assert (base.decode(row.x), base.decode(row.y[:-1])) == ("3\n", "0.5")
+    (row,) = rows_of(base, [{"input": 10**400, "output": "a"}], Framing(max_input_tokens=9))
+    assert base.decode(row.x) == "10000000\n"
     with refused(DataError, "expected text or a finite number in the column 'input'; got nan"):
         rows_of(base, [{"input": np.float32("nan"), "output": "a"}], Framing())
     with refused(DataError, r"expected 'messages', a list .*; got array"):

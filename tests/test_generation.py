@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -274,6 +275,39 @@ def test_threads_share_a_base() -> None:
     assert found == expected * 6
     assert base.model.generation_config is before
     assert len(set(map(tuple, expected))) == 3
+
+
+def test_a_thread_that_trains_beside_one_that_generates() -> None:
+    """The one waits while the other computes a batch, and what is attached meanwhile refuses it; nothing is left behind."""
+    base = make_base("gpt2")
+    prefix, settings = prefix_for(base, 3), GenerateSettings(max_new_tokens=9)
+    expected = generate(base, ["a"], prefix, settings=settings)
+    implementation = base.model.config._attn_implementation
+    records = [{"input": "a", "output": "b"}]
+    pieces: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        started: list[Any] = []
+
+        def write(piece: str) -> None:
+            if not started:
+                started.append(pool.submit(train, base, records, settings=TrainSettings(epochs=1)))
+                time.sleep(0.2)
+            pieces.append(piece)
+
+        stream(base, "a", prefix, settings=settings, write=write)
+        started[0].result()
+    assert ["".join(pieces)] == expected
+    assert base.model.config._attn_implementation == implementation
+    assert generate(base, ["a"], prefix, settings=settings) == expected
+
+
+def test_the_mode_of_each_module_stays() -> None:
+    base = make_base("gpt2")
+    base.model.train()
+    base.model.transformer.h[0].eval()
+    before = [module.training for module in base.model.modules()]
+    generate(base, ["a"], settings=GenerateSettings(max_new_tokens=1))
+    assert [module.training for module in base.model.modules()] == before
 
 
 def test_a_rows_number_is_what_it_samples_by() -> None:

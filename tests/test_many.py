@@ -229,6 +229,14 @@ def test_a_warm_start(settings: TrainSettings, tmp_path: Path) -> None:
     assert {(prefix.length, prefix.card.init) for prefix in prefixes.values()} == {(7, "prefix")}
 
 
+def test_gradients_that_are_off_outside(tmp_path: Path) -> None:
+    with torch.no_grad():
+        prefixes, _ = many(
+            cached_base("gpt2", torch.float64), user_file(tmp_path / "u.jsonl", USERS), settings=settings_of()
+        )
+    assert_as_alone(prefixes, "gpt2", settings_of())
+
+
 def test_the_embedding_ablation_too(tmp_path: Path) -> None:
     settings = settings_of(reparametrization="embedding")
     prefixes, _ = many(

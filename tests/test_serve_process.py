@@ -81,7 +81,7 @@ def test_keys(run: Run, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["keys", "ls", "none.json"], "no file of keys at none.json"),
-        (["keys", "add", "new.json", "--label", "\udcff"], r"expected Unicode text in the arguments; got a lone surrogate, '\udcff'"),
+        (["keys", "add", "new.json", "--label", "\udcff"], r"expected Unicode text; got a lone surrogate, '\udcff'"),
         (["keys", "rm", "k.json", "zz"], "no key 'zz' in k.json: see foreword keys ls"),
         (["keys", "ls", "bad.json"], "expected a file of API keys at bad.json"),
         (["serve", "--base", "none", "--prefixes", "S", "--host", "0.0.0.0"], "expected API keys where others can reach the server, at 0.0.0.0"),

@@ -145,7 +145,7 @@ def test_a_file_of_something_else_is_not_taken(tmp_path: Path, name: str, conten
 def test_an_input_that_is_too_long_is_named_before_anything_is_generated(tmp_path: Path) -> None:
     base, prefix = of_gpt2()
     long = Example("a" * CONTEXT, ("y",), None, "dev:2")
-    message = f"^input 6: expected at most {CONTEXT} positions"
+    message = f"^the input 'dev:2': expected at most {CONTEXT} positions"
     done: list[int] = []
     with pytest.raises(TooLongError, match=message):
         outputs_of(lambda: base, prefix, [*EXAMPLES, long], SETTINGS, tmp_path / "o.jsonl", on_rows=done.append)

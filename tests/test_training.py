@@ -742,6 +742,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(family: str) -> N
         ({"epochs": 2.5}, "expected a whole number for epochs; got 2.5"),
         ({"batch_size": "4"}, "expected a whole number for batch_size; got '4'"),
         ({"lr": "fast"}, "expected a number for lr; got 'fast'"),
+        ({"lr": 10**400}, "expected a number for lr; got 1000"),
         ({"epochs": 0}, "expected epochs of at least 1; got 0"),
         ({"batch_size": 0}, "expected batch_size of at least 1; got 0"),
         ({"accumulation": 0}, "expected accumulation of at least 1; got 0"),

@@ -196,7 +196,6 @@ class Attachment:
         self.rows: torch.Tensor | None = None
         self.infix: torch.Tensor | None = None
         self.starts_at_prefix = not model.config.is_encoder_decoder
-        self._implementation = model.config._attn_implementation
         self._signature = inspect.signature(model.forward)
         self._refreshed = False
         self._cached = 0
@@ -209,6 +208,7 @@ class Attachment:
         self._handles: list[Any] = []
         with lock_of(model):
             check_free(model)
+            self._implementation = model.config._attn_implementation
             try:
                 self._begin(save)
             except BaseException:
@@ -492,28 +492,31 @@ class _Recorder:
 @contextmanager
 def capture(model: PreTrainedModel) -> Iterator[Mapping[str, Mapping[int, Layer]]]:
     """Record the keys and values, each [B, G, K, D], that each layer of each section attends to in the `with` block."""
-    recorder = _Recorder()
-    implementation = model.config._attn_implementation
-    layers = [
-        (module, (recorder, section, i))
-        for section, modules in sections_of(model).items()
-        for i, module in enumerate(modules)
-    ]
-    before = [module.__dict__.get(NAME) for module, _ in layers]
-    # what a backward pass computes anew, once this block is left, would meet another attention
-    checkpointed: list[Any] = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    for layer in checkpointed:
-        layer.gradient_checkpointing = False
-    for module, mark in layers:
-        module.__dict__[NAME] = mark
-    model.set_attn_implementation(NAME)
-    try:
-        yield recorder.seen
-    finally:
-        for (module, _), earlier in zip(layers, before, strict=True):
-            del module.__dict__[NAME]
-            if earlier is not None:
-                module.__dict__[NAME] = earlier
+    with lock_of(model):
+        recorder = _Recorder()
+        implementation = model.config._attn_implementation
+        layers = [
+            (module, (recorder, section, i))
+            for section, modules in sections_of(model).items()
+            for i, module in enumerate(modules)
+        ]
+        before = [module.__dict__.get(NAME) for module, _ in layers]
+        # what a backward pass computes anew, once this block is left, would meet another attention
+        checkpointed: list[Any] = [
+            module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
+        ]
         for layer in checkpointed:
-            layer.gradient_checkpointing = True
-        model.set_attn_implementation(implementation)
+            layer.gradient_checkpointing = False
+        for module, mark in layers:
+            module.__dict__[NAME] = mark
+        model.set_attn_implementation(NAME)
+        try:
+            yield recorder.seen
+        finally:
+            for (module, _), earlier in zip(layers, before, strict=True):
+                del module.__dict__[NAME]
+                if earlier is not None:
+                    module.__dict__[NAME] = earlier
+            for layer in checkpointed:
+                layer.gradient_checkpointing = True
+            model.set_attn_implementation(implementation)

@@ -54,7 +54,7 @@ def main() -> None:
                 message += ": what was there is unchanged; make room, and run this again"
         _end(message)
     except UnicodeEncodeError as error:
-        _end(f"expected Unicode text in the arguments; got a lone surrogate, {error.object[error.start]!a}")
+        _end(f"expected Unicode text; got a lone surrogate, {error.object[error.start]!a}")
     except (MemoryError, RuntimeError) as error:
         # torch has a kind of its own for a GPU, and none for a CPU
         if not (type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "you tried to allocate" in str(error)):

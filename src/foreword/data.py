@@ -280,7 +280,7 @@ def _text(record: Record, name: str, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
         came = "no such column" if name not in record else type(value).__name__
         raise DataError(f"{where}: expected text in the column {name!r}; got {came} (columns: {_columns(record)})")
-    if not isinstance(value, str) and not math.isfinite(value):
+    if not isinstance(value, str | numbers.Integral) and not math.isfinite(value):
         raise DataError(f"{where}: expected text or a finite number in the column {name!r}; got {value}")
     return str(value)
 

@@ -216,11 +216,12 @@ def _run(
 ) -> list[list[int]]:
     """Token ids of y for one batch, without x and without the end token."""
     model = base.model
-    check_free(model)
     tokens, mask = pad(rows, base.pad_id, left=not base.is_encoder_decoder)
     unique = list({id(prefix): prefix for prefix in prefixes if prefix is not None}.values())
     context: Any = nullcontext()
-    if unique:
+    if not unique:
+        check_free(model)
+    else:
         context = attach(model, Stack.of(unique, device=base.device, dtype=base.dtype))
         if len(unique) > 1 or None in prefixes:
             place = {id(prefix): n for n, prefix in enumerate(unique)}
@@ -253,7 +254,8 @@ def _only(base: Base, config: GenerationConfig) -> Iterator[GenerationConfig]:
     is training mode, in which another's trainer may have left the base: with gradient checkpointing there is no cache.
     """
     model: Any = base.model
-    own, level, training = model.generation_config, logging.get_verbosity(), model.training
+    own, level = model.generation_config, logging.get_verbosity()
+    training = [module for module in model.modules() if module.training]
     try:
         model.generation_config = config
         logging.set_verbosity_error()
@@ -262,7 +264,8 @@ def _only(base: Base, config: GenerationConfig) -> Iterator[GenerationConfig]:
     finally:
         model.generation_config = own
         logging.set_verbosity(level)
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def end_ids(base: Base) -> set[int]:

@@ -285,7 +285,8 @@ def train_many(
         with attach(base.model, modules) as attachment, checkpointing(base, settings.gradient_checkpointing):
             while not any(reports):
                 rows = [slot.next_rows() for slot in active]
-                reports = _step(plan, attachment, modules, active, rows, rows_at_once)
+                with torch.enable_grad():
+                    reports = _step(plan, attachment, modules, active, rows, rows_at_once)
                 if on_step is not None:
                     on_step(sum(map(len, rows)))
         active = [slot for slot, report in zip(active, reports, strict=True) if report is None]

@@ -118,6 +118,11 @@ class Outputs:
         """
         self._tell(len(self._texts))
         left = [i for i in range(len(self._inputs)) if i not in self._texts]
+        if left:
+            self._generate(base, left)
+        return [self._texts[i] for i in range(len(self._inputs))]
+
+    def _generate(self, base: Callable[[], Base], left: Sequence[int]) -> None:
         # written anew, without the half of a line that a kill may have left
         with write_atomically(self.part) as aside:
             aside.write_text("".join(map(self._line, self._texts.items())), encoding="utf-8")
@@ -130,20 +135,18 @@ class Outputs:
                     self._texts |= texts
                     self._tell(len(texts))
 
-                if left:
-                    generation.generate(
-                        base(),
-                        [self._inputs[i] for i in left],
-                        [self._prefixes[i] for i in left],
-                        settings=self._settings,
-                        framing=self._framing,
-                        numbers=left,
-                        on_texts=keep,
-                    )
+                generation.generate(
+                    base(),
+                    [self._inputs[i] for i in left],
+                    [self._prefixes[i] for i in left],
+                    settings=self._settings,
+                    framing=self._framing,
+                    numbers=left,
+                    on_texts=keep,
+                )
         finally:
             if not self._texts:
                 self.part.unlink(missing_ok=True)
-        return [self._texts[i] for i in range(len(self._inputs))]
 
     def finish(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write `file`, whole or not at all, and remove `FILE.part`."""

@@ -30,7 +30,7 @@ def as_numbers(settings: Any, kind: type[int] | type[float], names: Iterable[str
         value = getattr(settings, name)
         try:
             object.__setattr__(settings, name, None if value is None else as_kind(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             what = "whole number" if kind is int else "number"
             raise SettingsError(f"expected a {what} for {name}; got {value!r}") from None
 

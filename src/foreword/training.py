@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -289,7 +290,8 @@ def attach_trainable(
             trainer.train()
             trainer.save_model("out")       # writes out/prefix.safetensors, and nothing of the base
 
-    A trainer's checkpoints hold what is trained too, so that it can go on from them, or take the best.
+    A trainer's checkpoints hold what is trained too, so that it can go on from them, or take the best; transformers then
+    says that the base's weights are missing there, as they are meant to be.
 
     Args:
         base: its model is frozen; only the parameters below its new submodule `foreword` require gradients.
@@ -314,7 +316,7 @@ def attach_trainable(
             training={"reparametrization": settings.reparametrization, "foreword": __version__},
         )
         trainable.fold(card).save(Path(folder) / FILE_NAME)
-        if Path(folder).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", Path(folder).name):
             # by the names that they have in the model, which the trainer loads them into
             state = {f"{NAME}.{name}": tensor.contiguous() for name, tensor in trainable.state_dict().items()}
             with write_atomically(Path(folder) / SAFE_WEIGHTS_NAME) as aside:

@@ -109,7 +109,7 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return Problem(400, f"expected a body in JSON; at byte {first['loc'][-1]} it is none").response()
+        return Problem(400, f"expected a body in JSON; at character {first['loc'][-1]} it is none").response()
     param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")) or None
     where = f"{param}: " if param else ""
     return Problem(400, where + str(first["msg"]), param=param).response()

@@ -131,8 +131,6 @@ class Service:
             await self.engine.start()
             # computed once, over the whole base and its vocabulary
             await asyncio.to_thread(lambda: (self.base.fingerprint, self._longest_token))
-            if await asyncio.to_thread(self.store.versions, self.base_name):
-                log.warning("the prefix %r is never used: the base is called so; see --base-name", self.base_name)
         except Exception as error:
             if self._state == "starting":
                 self.failure = error
@@ -142,6 +140,12 @@ class Service:
         if self._state == "starting":
             self._state = "ready"
             log.info("ready: the base %s on the engine %s", self.base_name, self.engine.name)
+        try:
+            if await asyncio.to_thread(self.store.versions, self.base_name):
+                log.warning("the prefix %r is never used: the base is called so; see --base-name", self.base_name)
+        except Exception:
+            # a store that cannot be reached for a while ends no server
+            log.exception("cannot look whether a prefix is called as the base")
 
     def begin_to_stop(self) -> None:
         """Take no new requests; those under way have the time of grace to end."""

@@ -118,8 +118,8 @@ class ServerFiles(Files):
             return
         folder, _, name = path.rpartition("/")
         aside = f"{folder}/.{name[:40]}.{secrets.token_hex(6)}.part"
-        super().write(aside, data)
         try:
+            super().write(aside, data)
             self.filesystem.mv(self.path(aside), self.path(path))
         except Exception:  # its filesystems raise what they like
             self.remove(aside)

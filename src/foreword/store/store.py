@@ -143,7 +143,10 @@ class Store:
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, the newest first. Empty where there is no such name."""
         name = check_name(name)
-        return [mark.of(name) for mark in reversed(self._index.look(key_of(name)).alive)]
+        found = [mark.of(name) for mark in reversed(self._index.look(key_of(name)).alive)]
+        if not found:
+            self._files.check()
+        return found
 
     def newest(self, name: str) -> Version:
         """The newest version of a name. Raises `NoSuchPrefixError` where there is no such name."""
@@ -178,8 +181,6 @@ class Store:
         return found[0]
 
     def _missing(self, name: str) -> NoSuchPrefixError:
-        """Or `OSError`, where the whole store is missing."""
-        self._files.check()
         return NoSuchPrefixError(f"no prefix named {name!r} in {self.url}: check the name, or put it first")
 
     def read(self, version: Version) -> bytes:
@@ -254,6 +255,7 @@ class Store:
         name, key = check_name(name), key_of(name)
         folder = self._index.look(key)
         if not (folder.alive or folder.left_of(folder.tombstone)):
+            self._files.check()
             raise self._missing(name)
         tombstone = self._next(folder, "")
         announced = self._index.announce(key, tombstone)
@@ -284,7 +286,10 @@ class Store:
         """
         if limit < 1:
             raise SettingsError(f"expected a page of 1 name or more; got limit={limit}")
-        return self._index.page(unicodedata.normalize("NFC", after), limit, unicodedata.normalize("NFC", begins))
+        page = self._index.page(unicodedata.normalize("NFC", after), limit, unicodedata.normalize("NFC", begins))
+        if not page.versions:
+            self._files.check()
+        return page
 
     def changes(self, since: Token | datetime | None = None) -> Changes:
         """What changed since an earlier call. Costs a few listings, at any number of names.
@@ -325,4 +330,5 @@ class Store:
 
         Others may write meanwhile: what changed under way is looked at again before it is called wrong.
         """
+        self._files.check()
         return verify(self._files, self._index, self._now, lambda *one: Prefix.from_bytes(self._read(*one)))

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from foreword.data import check_fits, frame
 from foreword.outputs import Outputs
 from foreword.prefix import Prefix
 from foreword.tasks import webnlg
@@ -106,7 +107,17 @@ def outputs_of(
             on_rows(len(done))
         return done
 
-    texts = outputs.generate(base)
+    def checked() -> Base:
+        frozen = base()
+        prefix.check(frozen)
+        for one in examples:
+            # `generate` looks at them too, and knows them by their number alone
+            where = f"the input {one.id!r}"
+            x = frame(frozen, {"input": one.input}, prefix.card.framing, where)
+            check_fits(frozen, len(x), 1, prefix.length, where)
+        return frozen
+
+    texts = outputs.generate(checked)
     outputs.finish(
         {key: value for key, value in dataclasses.asdict(one).items() if value is not None}
         | {"output": text, "run": outputs.run}
