@@ -23,11 +23,18 @@ E2E_DIFFERS = (
 )
 
 
-def _curve(sizes: Mapping[int, int], options: Namespace) -> tuple[dict[int, int], list[Arm]]:
+E2E_WORDS = "table-to-text: describe the restaurant"
+"""To start a prefix from; the paper's are of this kind (section 7.4)."""
+
+
+def _curve(
+    sizes: Mapping[int, int], options: Namespace, *, words: str | None = None
+) -> tuple[dict[int, int], list[Arm]]:
     """Prefix and full fine-tuning by training size, with a learning rate for each.
 
     Args:
         sizes: epochs by number of rows; those that the user chose are taken.
+        words: of the task; where given, a prefix that starts from them stands beside that of the first rows.
 
     Returns:
         The sizes taken, and the arms.
@@ -35,17 +42,13 @@ def _curve(sizes: Mapping[int, int], options: Namespace) -> tuple[dict[int, int]
     chosen = {size: epochs for size, epochs in sizes.items() if options.sizes is None or size in options.sizes}
     if not chosen:
         raise SystemExit(f"expected some of the sizes {', '.join(map(str, sizes))}; got {options.sizes}")
+    kinds = {"prefix": ("prefix", Options(length=options.length))}
+    if words is not None:
+        kinds["prefix from words"] = "prefix", Options(length=options.length, init_text=words)
+    kinds["fine-tuning"] = "full", Options(length=options.length)
     arms = [
-        Arm(
-            name=f"{kind} {size}",
-            method=method,
-            rows=size,
-            epochs=epochs,
-            options=Options(length=options.length),
-            line=kind,
-            x=size,
-        )
-        for kind, method in {"prefix": "prefix", "fine-tuning": "full"}.items()
+        Arm(name=f"{kind} {size}", method=method, rows=size, epochs=epochs, options=own, line=kind, x=size)
+        for kind, (method, own) in kinds.items()
         for size, epochs in chosen.items()
     ]
     return chosen, arms
@@ -53,7 +56,7 @@ def _curve(sizes: Mapping[int, int], options: Namespace) -> tuple[dict[int, int]
 
 def low_data(options: Namespace) -> Study:
     """Prefix against full fine-tuning on few E2E rows (section 6.3, figure 3)."""
-    chosen, arms = _curve({50: 12, 100: 8, 200: 6, 500: 3}, options)
+    chosen, arms = _curve({50: 12, 100: 8, 200: 6, 500: 3}, options, words=E2E_WORDS)
     return Study(
         name="e2e-lowdata",
         shared="e2e",
@@ -62,7 +65,9 @@ def low_data(options: Namespace) -> Study:
         data=lambda sample, rows: data.e2e(sample, rows, options.dev, options.test_inputs),
         metrics="e2e",
         primary="e2e.BLEU",
-        contrasts=[(f"fine-tuning {size}", f"prefix {size}") for size in chosen],
+        contrasts=[
+            (f"fine-tuning {size}", f"{kind} {size}") for kind in ("prefix", "prefix from words") for size in chosen
+        ],
         cut=f"samples of rows: {options.samples}, seeds: {options.seeds} (the paper: 5 and 2; --samples 5 --seeds 2); "
         f"{options.test_inputs} test inputs; epochs "
         + ", ".join(f"{epochs} at {size} rows" for size, epochs in chosen.items()),
@@ -136,7 +141,7 @@ def ablations(options: Namespace) -> Study:
             arm(f"{few} rows, {start}", rows=few, epochs=few_epochs, rate_of="prefix 10", **own)
             for start, own in {
                 "first rows": {},
-                "words of the task": {"init_text": "table-to-text: describe the restaurant"},
+                "words of the task": {"init_text": E2E_WORDS},
                 "other words": {"init_text": "elephant banana divide keyboard"},
                 "random": {"init": "random"},
             }.items()
