@@ -483,7 +483,9 @@ def test_flags_of_the_paper() -> None:
     assert few.runs.folder == make_low(options_of(["e2e-lowdata"])).runs.folder
     lora = baselines(Namespace(**{**USUAL, "methods": ["lora"]}, seeds=2, device=None))
     assert (lora.full_name, lora.runs.folder) == ("baselines-methodslora", few.runs.folder)
-    assert [arm.name for arm in few.arms] == ["prefix 50", "prefix 500", "fine-tuning 50", "fine-tuning 500"]
+    kinds = ("prefix", "prefix from words", "fine-tuning")
+    assert [arm.name for arm in few.arms] == [f"{kind} {size}" for kind in kinds for size in (50, 500)]
+    assert [arm.options.init_text is not None for arm in few.arms] == [False, False, True, True, False, False]
     assert {arm.rate_of for arm in few.arms} == {None}  # each size has its own
     with pytest.raises(SystemExit):
         options_of(["ablations", "--test", "folder"])
