@@ -22,8 +22,9 @@ from transformers import (
 )
 
 import foreword.attention
-from foreword.attach import FAMILIES, Stack, attach, capture, section_shapes
+from foreword.attach import FAMILIES, Stack, attach, section_shapes
 from foreword.bases import Base
+from foreword.capture import capture
 from foreword.errors import BaseLoadError, SettingsError, WrongBaseError
 from foreword.prefix import Prefix
 from foreword.reparam import trainable_prefix

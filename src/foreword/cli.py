@@ -170,7 +170,7 @@ def train(
     bar = t.bar(TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[speed]} tokens/s"))
     began = time.perf_counter()
     last: Any = None
-    with bar:
+    with t.told_if_interrupted("the same command with --resume goes on from the last checkpoint"), bar:
         task = bar.add_task(f"training {out_file.name}", total=None, loss="–", speed="–")
 
         def show(progress: Any) -> None:
@@ -182,25 +182,21 @@ def train(
             if bar.disable and progress.step * settings.epochs % progress.steps == 0:
                 err.print(f"epoch {progress.epoch} of {settings.epochs}: loss {loss}, {speed} tokens/s")
 
-        try:
-            prefix = train_prefix(
-                frozen,
-                records,
-                dev=dev_records,
-                settings=settings,
-                framing=framing,
-                init_from=start,
-                out=out_file,
-                resume=resume,
-                overwrite=overwrite,
-                checkpoint_every=checkpoint_every,
-                save_dtype=file_dtype,
-                accelerator=accelerator,
-                on_step=show if accelerator.is_main_process else None,
-            )
-        except KeyboardInterrupt:
-            err.print("interrupted: the same command with --resume goes on from the last checkpoint")
-            raise
+        prefix = train_prefix(
+            frozen,
+            records,
+            dev=dev_records,
+            settings=settings,
+            framing=framing,
+            init_from=start,
+            out=out_file,
+            resume=resume,
+            overwrite=overwrite,
+            checkpoint_every=checkpoint_every,
+            save_dtype=file_dtype,
+            accelerator=accelerator,
+            on_step=show if accelerator.is_main_process else None,
+        )
     accelerator.end_training()
     if accelerator.is_main_process:
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in prefix.card.metrics.items())
@@ -316,7 +312,7 @@ def generate(
         if name is not None and name not in named:
             named[name] = Prefix.load(input_file.parent / name) if opened is None else opened.get(name)
         own.append(shared if name is None else named[name])
-    with t.bar() as bar:
+    with t.told_if_interrupted(), t.bar() as bar:
         task = bar.add_task(f"generating {output_file.name}", total=len(records))
         kept = Outputs(
             output_file,
@@ -328,11 +324,7 @@ def generate(
             overwrite=overwrite,
             on_rows=lambda n: bar.advance(task, n),
         )
-        try:
-            made = kept.generate(lambda: load_base(base, dtype=dtype, device=device))
-        except KeyboardInterrupt:
-            err.print(t.GOES_ON)
-            raise
+        made = kept.generate(lambda: load_base(base, dtype=dtype, device=device))
     kept.finish({**row, "output": text} for row, text in zip(rows, made, strict=True))
 
 

@@ -113,28 +113,24 @@ def train_many(
     frozen = load_base(base, dtype=dtype, device=device)
     progress = _Progress(users, settings.epochs, state.process_index, state.num_processes)
     reports = []
-    try:
-        with progress.bar:
-            for one in many.train_many(
-                frozen,
-                users,
-                store,
-                dev=dev_users,
-                settings=settings,
-                framing=framing,
-                init_from=start,
-                slots=slots,
-                rows_at_once=rows_at_once,
-                save_dtype=file_dtype,
-                process=state.process_index,
-                processes=state.num_processes,
-                on_step=progress.step,
-            ):
-                reports.append(one)
-                progress.tell(one)
-    except KeyboardInterrupt:
-        err.print("interrupted: the same command again goes on, and trains nobody twice")
-        raise
+    with t.told_if_interrupted("the same command again goes on, and trains nobody twice"), progress.bar:
+        for one in many.train_many(
+            frozen,
+            users,
+            store,
+            dev=dev_users,
+            settings=settings,
+            framing=framing,
+            init_from=start,
+            slots=slots,
+            rows_at_once=rows_at_once,
+            save_dtype=file_dtype,
+            process=state.process_index,
+            processes=state.num_processes,
+            on_step=progress.step,
+        ):
+            reports.append(one)
+            progress.tell(one)
     speed = progress.passes / (time.perf_counter() - progress.began)
     everybody: list[UserReport] = gather_object(reports)
     speeds: list[float] = gather_object([speed])

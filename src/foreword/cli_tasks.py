@@ -115,22 +115,18 @@ def evaluate(
     def frozen() -> Base:
         return load_base(base, dtype=dtype, device=device)
 
-    with t.bar() as bar:
+    with t.told_if_interrupted(), t.bar() as bar:
         shown_as = bar.add_task(f"generating {outputs.name}", total=len(examples))
-        try:
-            texts = evaluation.outputs_of(
-                frozen,
-                loaded,
-                examples,
-                settings,
-                outputs,
-                identity=(dtype,),
-                overwrite=overwrite,
-                on_rows=lambda n: bar.advance(shown_as, n),
-            )
-        except KeyboardInterrupt:
-            err.print(t.GOES_ON)
-            raise
+        texts = evaluation.outputs_of(
+            frozen,
+            loaded,
+            examples,
+            settings,
+            outputs,
+            identity=(dtype,),
+            overwrite=overwrite,
+            on_rows=lambda n: bar.advance(shown_as, n),
+        )
     groups = evaluation.groups_of(task, examples)
     scores = score_groups([one.references for one in examples], texts, groups, metrics, samples=samples, seed=seed)
     whole = scores["all"]

@@ -224,8 +224,7 @@ def _filled(record: Record, parts: Iterable[tuple[str, str | None]], where: str)
 
 def _question(record: Record, where: str) -> list[dict[str, str]]:
     """The messages before the answer; an input by itself is the user's."""
-    if not hasattr(record, "get"):
-        raise DataError(f"{where}: expected a mapping, such as {{'messages': [...]}}; got {type(record).__name__}")
+    _check_mapping(record, where)
     given = record.get("messages")
     if given is None and isinstance(record.get("input"), str):
         given = [{"role": "user", "content": record["input"]}]
@@ -271,11 +270,16 @@ def _tokenize(base: Base, text: str, where: str, **options: Any) -> list[int]:
     return ids
 
 
-def _text(record: Record, name: str, where: str) -> str:
+def _check_mapping(record: Record, where: str) -> None:
+    # what pandas calls a row is none of collections.abc's, and serves
     if not hasattr(record, "get"):
         raise DataError(
             f"{where}: expected a mapping, such as {{'input': ..., 'output': ...}}; got {type(record).__name__}"
         )
+
+
+def _text(record: Record, name: str, where: str) -> str:
+    _check_mapping(record, where)
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
         came = "no such column" if name not in record else type(value).__name__

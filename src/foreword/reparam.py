@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from foreword.attach import Stack, capture
+from foreword.attach import Stack
+from foreword.capture import capture
 from foreword.errors import SettingsError, TooLongError
 from foreword.prefix import Card, Layer, Prefix
 from foreword.settings import Reparametrization

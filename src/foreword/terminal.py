@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 out = Console(soft_wrap=True, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
-
-GOES_ON = "interrupted: the same command again goes on where it was"
-"""Of commands that keep what they have done."""
 
 # options, as commands take them; their defaults stand with the commands
 
@@ -109,6 +107,16 @@ def file_dtype(name: str) -> torch.dtype:
     if name not in ("bfloat16", "float32"):
         raise SettingsError(f"expected bfloat16 or float32 for the file; got {name!r}")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+@contextmanager
+def told_if_interrupted(how: str = "the same command again goes on where it was") -> Iterator[None]:
+    """Say on Ctrl-C how a command that keeps what it has done goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"interrupted: {how}")
+        raise
 
 
 def shown(text: str) -> str:

@@ -108,8 +108,11 @@ class Store:
             raise SettingsError(
                 f"expected a prefix, or the bytes of its file; got {type(prefix).__name__}: give Prefix.load(path)"
             )
-        data = prefix.to_bytes(dtype) if isinstance(prefix, Prefix) else bytes(prefix)
-        Prefix.from_bytes(data)
+        if isinstance(prefix, Prefix):
+            data = prefix.to_bytes(dtype)
+        else:
+            data = bytes(prefix)
+            Prefix.from_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
         for left in reversed(range(TRIES)):
             folder = self._index.look(key)
