@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import foreword.generation
 from foreword.attach import Stack, attach
 from foreword.bases import Base
+from foreword.capture import capture
 from foreword.data import frame
 from foreword.errors import DataError, PrefixFileError, SettingsError, TooLongError, WrongBaseError
 from foreword.generation import GenerateSettings, generate, stream
@@ -285,13 +287,22 @@ def test_a_thread_that_trains_beside_one_that_generates() -> None:
     implementation = base.model.config._attn_implementation
     records = [{"input": "a", "output": "b"}]
     pieces: list[str] = []
+    entered = threading.Event()
+
+    def begin_and_train() -> None:
+        # as a training begins, but for longer
+        with capture(base.model):
+            entered.set()
+            time.sleep(0.5)
+        train(base, records, settings=TrainSettings(epochs=1))
+
     with ThreadPoolExecutor(1) as pool:
         started: list[Any] = []
 
         def write(piece: str) -> None:
             if not started:
-                started.append(pool.submit(train, base, records, settings=TrainSettings(epochs=1)))
-                time.sleep(0.2)
+                started.append(pool.submit(begin_and_train))
+                entered.wait(0.2)
             pieces.append(piece)
 
         stream(base, "a", prefix, settings=settings, write=write)
