@@ -23,6 +23,7 @@ from transformers import (
 
 import foreword.attention
 from foreword.attach import FAMILIES, Stack, attach, section_shapes
+from foreword.attention import Mask
 from foreword.bases import Base
 from foreword.capture import capture
 from foreword.errors import BaseLoadError, SettingsError, WrongBaseError
@@ -286,13 +287,16 @@ def test_t5_gives_prefix_keys_no_relative_bias() -> None:
 # ---- batches ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("side", "scores"), [("left", 0), ("left", 1 << 25), ("right", 1 << 25)])
+@pytest.mark.parametrize(
+    ("side", "scores", "block"), [("left", 0, 64), ("left", 1 << 25, 64), ("left", 1 << 25, 3), ("right", 1 << 25, 64)]
+)
 @pytest.mark.parametrize("family", ALL)
 def test_rows_of_one_batch_are_each_as_if_alone(
-    family: str, side: str, scores: int, monkeypatch: pytest.MonkeyPatch
+    family: str, side: str, scores: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefixes of unequal lengths, one twice, and none; also as beams. `scores` 0 is the fused kernel."""
     monkeypatch.setattr(foreword.attention, "PRODUCTS_MAX_SCORES", scores)
+    monkeypatch.setattr(foreword.attention, "BLOCK", block)
     if family == "bart":
         side = "right"  # its own positions count padding on the left
     model = model64(family)
@@ -544,16 +548,31 @@ def test_products_and_the_fused_kernel_agree(family: str, lengths: list[int], mo
     monkeypatch.setattr(foreword.attention, "sdpa_attention_forward", counted)
     found = []
     with attach(model, source):
-        for scores in (1 << 25, 0):
+        for scores, block in ((1 << 25, 3), (1 << 25, 64), (0, 64)):
             monkeypatch.setattr(foreword.attention, "PRODUCTS_MAX_SCORES", scores)
+            monkeypatch.setattr(foreword.attention, "BLOCK", block)
             source.zero_grad()
             loss = loss_of(model, inputs)
             loss.backward()
             found.append({"loss": loss.detach(), **gradients(source)})
             assert fused_calls == (0 if scores else len(attention_layers(model)))
     assert len(found[0]) > 1
-    for name, value in found[0].items():
+    for name, value in found[-1].items():
+        assert_same(family, found[0][name], value)
         assert_same(family, found[1][name], value)
+
+
+def test_keys_that_no_query_of_a_block_sees_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a causal mask behind a prefix of 5, with padding on the left of one row."""
+    monkeypatch.setattr(foreword.attention, "BLOCK", 3)
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    mask = torch.cat([torch.ones(2, 1, 7, 5, dtype=torch.bool), causal.expand(2, 1, 7, 7)], dim=-1)
+    mask[1, 0, :, 5:9] = False
+    assert Mask(mask).blocks(7, 12) == [(slice(0, 4), slice(0, 9)), (slice(4, 8), slice(0, 12))]
+    nothing = torch.zeros_like(mask)
+    assert [seen for _, seen in Mask(nothing).blocks(7, 12)] == [slice(0, 1)] * 2
+    for all_seen in (None, torch.zeros(1, 1, 7, 12)):
+        assert [seen for _, seen in Mask(all_seen).blocks(7, 12)] == [slice(0, 12)] * 2
 
 
 def test_attention_dropout_acts_in_training_alone() -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from foreword.attention import NAME
+from foreword.attention import NAME, Mask
 from foreword.errors import BaseLoadError, SettingsError, WrongBaseError
 from foreword.prefix import Layer, Prefix
 
@@ -200,7 +200,7 @@ class Attachment:
         self._cached = 0
         self._y_positions: torch.Tensor | None = None
         self._states: torch.Tensor | None = None
-        self._masks: dict[tuple[int, ...], tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self._masks: dict[tuple[int, ...], tuple[torch.Tensor | None, Mask]] = {}
         self._places: dict[int, torch.Tensor] = {}
         self.stack: Stack | None = source if isinstance(source, Stack) else None
 
@@ -367,11 +367,11 @@ class Attachment:
         keys: torch.Tensor,
         values: torch.Tensor,
         mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Mask]:
         """Put the prefix before one layer's keys and values, [B, G, K, D], and its columns before the mask.
 
         Returns:
-            keys and values, [B, G, P + K, D], and the mask, [B or 1, 1, T, P + K], or None where all is visible.
+            keys and values, [B, G, P + K, D], and the mask, [B or 1, 1, T, P + K].
         """
         assert self.stack is not None, "the model's encoder or decoder was called by itself"
         batch = keys.shape[0]
@@ -388,7 +388,7 @@ class Attachment:
         # every layer of a kind is handed the same mask
         key = (id(mask), batch, query.shape[2], keys.shape[2])
         if key not in self._masks:
-            self._masks[key] = mask, self._extend_mask(mask, *key[1:], device=keys.device)
+            self._masks[key] = mask, Mask(self._extend_mask(mask, *key[1:], device=keys.device))
         keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
         return keys, values, self._masks[key][1]
 

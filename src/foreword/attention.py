@@ -2,12 +2,14 @@
 
     Attn(x) = softmax(Q [K_prefix; K]^T / sqrt(D) + mask) [V_prefix; V]
 
-On a CPU, short rows go through plain products, whose backward pass keeps little; everything else goes through torch's
+On a CPU it is written as plain products, a block of queries at a time, with the keys that any of them sees: of causal
+attention half is never computed, and a block's scores stay in the caches. Very long rows, and GPUs, go through torch's
 fused kernel. Registered with transformers under `NAME`; which prefix a layer has, `foreword.attach` knows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +18,54 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["NAME"]
+__all__ = ["NAME", "Mask"]
 
 NAME = "foreword"
 """What the attention function and its mask are registered as, and the attribute that layers and models carry."""
 
 PRODUCTS_MAX_SCORES = 1 << 25
-"""On a CPU, attention with fewer scores than this in a layer is written as plain products: for short rows their
-backward pass is much faster than that of the fused kernel; beyond it, memory matters more."""
+"""On a CPU, attention with fewer scores than this in a layer is written as plain products: their backward pass is faster
+than that of the fused kernel, but keeps the scores; beyond it, memory matters more."""
+
+BLOCK = 64
+"""Queries in a block of those products, at the least."""
+
+
+class Mask:
+    """Which keys each query sees.
+
+    Args:
+        tensor: [B or 1, H or 1, T, K]: bool, True for what is seen, or what is added to the scores. None: all is seen.
+    """
+
+    def __init__(self, tensor: torch.Tensor | None):
+        self.tensor = tensor
+        # made once for all the layers that share it
+        self._blocks: list[tuple[slice, slice]] | None = None
+        self._added: torch.Tensor | None = None
+
+    def added(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What to add to scores of this dtype, in a tenth of the time that filling them takes."""
+        if self.tensor is None or self.tensor.dtype != torch.bool:
+            return self.tensor
+        if self._added is None or self._added.dtype != dtype:
+            # the padding of a left-padded row may see nothing: unlike -inf, this keeps its softmax finite
+            hidden = torch.finfo(dtype).min / 2
+            self._added = torch.zeros_like(self.tensor, dtype=dtype).masked_fill_(~self.tensor, hidden)
+        return self._added
+
+    def blocks(self, queries: int, keys: int) -> Sequence[tuple[slice, slice]]:
+        """Blocks of the T queries, each with the keys up to the last that any of them sees."""
+        if self._blocks is None:
+            size = -(-queries // max(1, queries // BLOCK))
+            of_queries = [slice(start, start + size) for start in range(0, queries, size)]
+            ends = [keys] * len(of_queries)
+            if len(ends) > 1 and self.tensor is not None and self.tensor.dtype == torch.bool:
+                seen = self.tensor.amax((0, 1))
+                # one key at the least, for padding that sees nothing
+                ends = [max(1, int((seen[block].amax(0) * torch.arange(1, keys + 1)).max())) for block in of_queries]
+            self._blocks = [(block, slice(0, end)) for block, end in zip(of_queries, ends, strict=True)]
+        return self._blocks
 
 
 def _attention(
@@ -49,7 +91,7 @@ def _attention(
             query,
             key,
             value,
-            mask,
+            mask.tensor,
             dropout=dropout,
             scaling=scaling,
             is_causal=False,
@@ -73,41 +115,54 @@ class _Products(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Mask,
         scaling: float,
         position_bias: torch.Tensor | None,
     ) -> torch.Tensor:
         batch, heads, length, dim = query.shape
-        groups, seen = key.shape[1:3]
-        query = (query * scaling).reshape(batch, groups, -1, dim)
-        scores = (query @ key.mT).view(batch, heads, length, seen)
-        if position_bias is not None:
-            scores += position_bias
-        if mask is not None:
-            # the padding of a left-padded row may see nothing: the least number, unlike -inf, keeps its softmax finite
-            least = torch.finfo(scores.dtype).min
-            scores = scores.masked_fill_(~mask, least) if mask.dtype == torch.bool else scores.add_(mask)
-        weights = scores.softmax(-1).view(batch, groups, -1, seen)
-        ctx.save_for_backward(query, key, value, weights)
-        ctx.scaling = scaling
-        return (weights @ value).view(batch, heads, length, dim).transpose(1, 2)
+        ctx.blocks, ctx.scaling = mask.blocks(length, key.shape[2]), scaling
+        query = query * scaling
+        out = query.new_empty(batch, length, heads, dim)
+        kept = []
+        for block, seen in ctx.blocks:
+            scores = _fold(query[:, :, block], key) @ key[:, :, seen].mT
+            by_head = scores.view(batch, heads, -1, seen.stop)
+            if position_bias is not None:
+                by_head += position_bias[:, :, block, seen]
+            if (added := mask.added(scores.dtype)) is not None:
+                by_head += added[:, :, block, seen]
+            weights = scores.softmax(-1)
+            out[:, block] = (weights @ value[:, :, seen]).view(batch, heads, -1, dim).transpose(1, 2)
+            kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
+        return out
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, weights = ctx.saved_tensors
-        batch, length, heads, dim = outer[0].shape
-        out = outer[0].transpose(1, 2).reshape(query.shape)
-        query_gradient = key_gradient = value_gradient = None
-        if ctx.needs_input_grad[2]:
-            value_gradient = weights.mT @ out
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            scores = torch._softmax_backward_data(out @ value.mT, weights, -1, weights.dtype)
-            if ctx.needs_input_grad[1]:
-                key_gradient = scores.mT @ query
-            if ctx.needs_input_grad[0]:
-                query_gradient = (scores @ key).mul_(ctx.scaling).view(batch, heads, length, dim)
-        return query_gradient, key_gradient, value_gradient, None, None, None
+        query, key, value, *kept = ctx.saved_tensors
+        of_query, of_key, of_value = (
+            torch.zeros_like(tensor) if needed else None
+            for tensor, needed in zip((query, key, value), ctx.needs_input_grad, strict=False)
+        )
+        for (block, seen), weights in zip(ctx.blocks, kept, strict=True):
+            out = _fold(outer[0][:, block].transpose(1, 2), key)
+            if of_value is not None:
+                of_value[:, :, seen] += weights.mT @ out
+            if of_query is None and of_key is None:
+                continue
+            scores = torch._softmax_backward_data(out @ value[:, :, seen].mT, weights, -1, weights.dtype)
+            if of_key is not None:
+                of_key[:, :, seen] += scores.mT @ _fold(query[:, :, block], key)
+            if of_query is not None:
+                part = of_query[:, :, block]
+                torch.mul((scores @ key[:, :, seen]).view(part.shape), ctx.scaling, out=part)
+        return of_query, of_key, of_value, None, None, None
+
+
+def _fold(queries: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, D] to [B, G, H/G·T, D]: the heads that share keys, one after the other."""
+    return queries.reshape(*key.shape[:2], -1, key.shape[3])
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

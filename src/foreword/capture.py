@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from foreword.attach import lock_of, sections_of
-from foreword.attention import NAME
+from foreword.attention import NAME, Mask
 from foreword.prefix import Layer
 
 __all__ = ["capture"]
@@ -30,9 +30,9 @@ class _Recorder:
         keys: torch.Tensor,
         values: torch.Tensor,
         mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Mask]:
         self.seen.setdefault(section, {})[i] = keys, values
-        return keys, values, mask
+        return keys, values, Mask(mask)
 
 
 @contextmanager
