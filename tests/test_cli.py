@@ -518,7 +518,7 @@ BEFORE = {
     "data: no such file": ([*TRAIN, "--data", "none.jsonl", "--out", "p"], "none.jsonl: No such file"),
     "data: a folder": ([*TRAIN, "--data", "folder", "--out", "p"], "folder: Is a directory"),
     "data: empty": ([*TRAIN, "--data", "empty.jsonl", "--out", "p"], "empty.jsonl: expected at least one record"),
-    "data: not UTF-8": ([*TRAIN, "--data", "latin1.jsonl", "--out", "p"], "latin1.jsonl: expected UTF-8; byte 14 is not"),
+    "data: not UTF-8": ([*TRAIN, "--data", "latin1.jsonl", "--out", "p"], r"latin1.jsonl: expected UTF-8; byte 14 \(0xe9\) is not"),
     "data: half a line": ([*TRAIN, "--data", "half.jsonl", "--out", "p"], "half.jsonl, line 2: expected one JSON object"),
     "data: a list": ([*TRAIN, "--data", "list.jsonl", "--out", "p"], "list.jsonl, line 1: expected a JSON object; got list"),
     "data: ragged": ([*TRAIN, "--data", "ragged.csv", "--out", "p"], "ragged.csv, line 3: expected 2 columns"),

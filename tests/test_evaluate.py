@@ -561,7 +561,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, read: object) -> None:
         read(tmp_path / "none")
     with pytest.raises(DataError, match="cannot read .*: Is a directory"):
         read(tmp_path)
-    with pytest.raises(DataError, match=r"latin is not UTF-8 \(byte 3\): save it as UTF-8"):
+    with pytest.raises(DataError, match=r"latin: expected UTF-8; byte 3 \(0xe9\) is not: save it"):
         read(written(tmp_path, "latin", "Caf\xe9\n".encode("latin-1")))
     with pytest.raises(DataError, match="empty is empty: expected one text a line"):
         read(written(tmp_path, "empty", ""))

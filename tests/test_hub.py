@@ -315,7 +315,10 @@ def test_the_push_and_pull_commands(
 def test_a_card_that_is_not_utf_8(run: Run, prefix: Path, tmp_path: Path) -> None:
     (tmp_path / "card.md").write_bytes("# Café\n".encode("latin1"))
     ran = run("push", prefix, "somebody/voice", "--card", "card.md")
-    assert (ran.code, ran.err) == (2, "error: card.md: expected UTF-8; byte 5 is not: save the file as UTF-8\n")
+    assert (ran.code, ran.err) == (
+        2,
+        "error: card.md: expected UTF-8; byte 5 (0xe9) is not: save it as UTF-8, e.g. with iconv -t UTF-8\n",
+    )
 
 
 def test_a_whole_card_and_parts_of_one_exclude_each_other(run: Run, prefix: Path, tmp_path: Path) -> None:

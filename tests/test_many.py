@@ -631,7 +631,7 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
         (b'{"user": "b", "inp', "expected one JSON object a line; Invalid control"),
         (b"[1]", "expected a JSON object; got list"),
         (b"[" * 100_000, "expected one JSON object a line"),
-        (b'{"user": "\xff"}', "expected UTF-8; byte 10 of the line is not"),
+        (b'{"user": "\xff"}', "expected UTF-8; byte 10 \\(0xff\\) is not"),
         (b'{"input": "a"}', "expected a user's name in the column 'user'; got no such column"),
         (b'{"user": 7}', "expected a user's name in the column 'user'; got 7"),
         (b'{"user": null}', "expected a user's name in the column 'user'; got None"),

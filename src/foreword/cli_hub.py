@@ -10,6 +10,7 @@ import typer
 
 from foreword import terminal as t
 from foreword.errors import DataError, SettingsError
+from foreword.reading import text_of
 from foreword.terminal import err, out, shown
 from foreword.writing import check_apart, check_new, write_atomically
 
@@ -76,10 +77,7 @@ def push(
     told = licence or language or data or evaluation
     if card_file is not None and told:
         raise SettingsError("--card is a whole README.md: give it, or what a card is made of, not both")
-    try:
-        text = None if card_file is None else card_file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{card_file}: expected UTF-8; byte {error.start} is not: save the file as UTF-8") from None
+    text = None if card_file is None else text_of(card_file.read_bytes(), card_file)
     if told:
         text = _card(Prefix.load(file), repository.rpartition("/")[2], licence, language, data, evaluation)
     _quiet()

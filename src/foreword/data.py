@@ -24,6 +24,7 @@ import torch
 
 from foreword.errors import DataError, SettingsError, TooLongError, one_line
 from foreword.prefix import Framing
+from foreword.reading import text_of
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -83,12 +84,7 @@ def read_records(path: str | PathLike[str], *, input: str = "input", output: str
     """
     path = Path(path)
     names = column_names(input, output)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: expected UTF-8; byte {error.start} is not: convert the file, e.g. with iconv -t UTF-8"
-        ) from None
+    text = text_of(path.read_bytes(), path)
     if path.suffix.lower() in (".csv", ".tsv"):
         rows = table_rows(path, text, "\t" if path.suffix.lower() == ".tsv" else ",")
         records = [record for _, record in rows]

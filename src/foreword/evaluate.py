@@ -15,6 +15,7 @@ import numpy as np
 from foreword.coco import UnavailableError
 from foreword.errors import DataError, MissingExtraError, SettingsError
 from foreword.metrics import Texts, chosen
+from foreword.reading import text_of
 
 __all__ = [
     "Comparison",
@@ -280,10 +281,7 @@ def _lines(path: str | Path) -> list[str]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        lines = data.decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    lines = text_of(data, path).splitlines()
     if not lines:
         raise DataError(f"{path} is empty: expected one text a line")
     return lines

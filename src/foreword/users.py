@@ -9,6 +9,7 @@ from pathlib import Path
 
 from foreword.data import Record, column_names, record_of, renamed
 from foreword.errors import DataError
+from foreword.reading import text_of
 
 __all__ = ["UserFile"]
 
@@ -41,7 +42,7 @@ class UserFile:
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{self.path}, line {number}"
-                text = _text_of(line, where)
+                text = text_of(line, where)
                 if text.strip():
                     user = self._user_of(record_of(text, where), where)
                     if user not in self._places:
@@ -81,16 +82,9 @@ class UserFile:
             for number, place in enumerate(self._places.get(user, ()), 1):
                 file.seek(place)
                 where = f"{self.path}, record {number} of {user!a}"
-                record = record_of(_text_of(file.readline(), where), where)
+                record = record_of(text_of(file.readline(), where), where)
                 # nobody's rows may get into another's prefix
                 if self._user_of(record, where) != user:
                     raise DataError(f"{self.path}: the file was changed while it was read: run this again")
                 records.append(renamed(record, self._names, where))
         return records
-
-
-def _text_of(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: expected UTF-8; byte {error.start} of the line is not: convert the file") from None

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 from foreword.data import record_of, table_rows
 from foreword.errors import DataError, MissingExtraError, SettingsError, one_line
+from foreword.reading import text_of
 
 __all__ = [
     "Formats",
@@ -125,11 +126,9 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+                line = text_of(raw, f"{path}:{number}").strip("\r\n")
                 if line.strip():
                     yield number, line
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, number, error) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if number == 0:
@@ -138,19 +137,12 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _text(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error.object.count(b"\n", 0, error.start) + 1, error) from None
+        text = text_of(path.read_bytes(), path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
     return text
-
-
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
-    byte = error.object[error.start]
-    return DataError(f"{path}:{line}: expected UTF-8; got the byte 0x{byte:02x}: save the file as UTF-8")
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
