@@ -5,7 +5,8 @@
 
 Sides: the bare base; one prefix shared by all teams, trained on all rows; a prefix a team, trained on that team's rows
 alone; the same, started from the shared one; both of these at a quarter of the learning rate (`slow`), and with keys
-and values trained directly, without an MLP. Of each, on rows that nobody trained on: ROUGE-L (rouge-score, F1) and mean
+and values trained directly, without an MLP; and a prefix a team that starts from words of the task, at a quarter and a
+sixteenth of the rate. Of each, on rows that nobody trained on: ROUGE-L (rouge-score, F1) and mean
 loss of the synopses, each a mean over the teams of a team's mean; and the share of house features kept, over the teams
 that have any. A house feature is one that at least 80% of a team's training rows agree on: the case of the first
 letter, the opening words (the most that agree), the last words, and the form of the end, " - ...", " -- ..." or
@@ -62,7 +63,7 @@ class Side:
     Args:
         own: one a team, not one for all.
         warm: started from the shared one.
-        epochs, batch_size, reparametrization, lr: see `TrainSettings`.
+        epochs, batch_size, reparametrization, lr, init_text: see `TrainSettings`.
     """
 
     own: bool
@@ -71,7 +72,10 @@ class Side:
     lr: float | None = None
     epochs: int
     batch_size: int = 4
+    init_text: str | None = None
 
+
+WORDS = "Write a one-line summary of a software package:"
 
 SIDES: dict[str, Side | None] = {
     "bare": None,
@@ -82,6 +86,8 @@ SIDES: dict[str, Side | None] = {
     "own-warm-slow": Side(own=True, warm=True, epochs=2, lr=2.5e-4),
     "own-direct": Side(own=True, epochs=4, reparametrization="direct"),
     "own-warm-direct": Side(own=True, warm=True, epochs=2, reparametrization="direct"),
+    "own-words": Side(own=True, epochs=4, lr=2.5e-4, init_text=WORDS),
+    "own-words-slow": Side(own=True, epochs=4, lr=6.25e-5, init_text=WORDS),
 }
 
 
@@ -162,7 +168,11 @@ def settings_of(name: str) -> foreword.TrainSettings:
     side = SIDES[name]
     assert side is not None
     return foreword.TrainSettings(
-        epochs=side.epochs, batch_size=side.batch_size, reparametrization=side.reparametrization, lr=side.lr
+        epochs=side.epochs,
+        batch_size=side.batch_size,
+        reparametrization=side.reparametrization,
+        lr=side.lr,
+        init_text=side.init_text,
     )
 
 
