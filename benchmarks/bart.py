@@ -61,7 +61,6 @@ def small_config() -> BartConfig:
         decoder_ffn_dim=1024,
         max_position_embeddings=CONTEXT,
         dropout=0.0,  # no document is seen often enough to be learnt by heart
-        attn_implementation="eager",  # for short rows its backward pass is the fastest on a CPU
         bos_token_id=BOS,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -222,7 +221,10 @@ def pretrain(
     rows = [row for row, tokens in zip(rows, flat, strict=True) if len(tokens) > 4]
     flat = [tokens for tokens in flat if len(tokens) > 4]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = BartForConditionalGeneration(config or small_config()).to(device).train()
+    model: Any = BartForConditionalGeneration(config or small_config())
+    # for short rows its backward pass is the fastest on a CPU
+    model.set_attn_implementation("eager")
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "curve": []}
     checkpoint = work / "checkpoint.pt"
@@ -231,7 +233,8 @@ def pretrain(
         model.load_state_dict(loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
         state = loaded["state"]
-    autocast = device != "cpu" or bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    autocast = device != "cpu" or bool(can.get("avx512_bf16"))
     budget, saved = 60 * minutes, state["seconds"]
     per_epoch = math.ceil(len(rows) / BATCH)
     while state["seconds"] < budget:

@@ -97,7 +97,7 @@ def train_peft(base: Base, split: Split, lr: float, seed: int, projection: bool)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     steps = EPOCHS * math.ceil(len(rows) / BATCH)
-    losses = []
+    losses: list[float] = []
     with attach(base.model, PeftPrefix(base, model)) as attachment:
         with torch.no_grad():
             ours = mean_loss(base, rows[:4], attachment)

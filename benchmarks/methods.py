@@ -28,6 +28,7 @@ from peft import LoraConfig, PromptTuningConfig, PromptTuningInit, TaskType, get
 
 from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
 from foreword.attach import FAMILIES, Attachment, attach
+from foreword.attention import Mask
 from foreword.bases import Base
 from foreword.data import Row, batches, collate
 from foreword.learner import make_trainable, share_at
@@ -77,9 +78,11 @@ class Learner(NamedTuple):
 class _DecoderAlone(Attachment):
     """An encoder-decoder base whose decoder's self-attention alone has the prefix."""
 
-    def extend(self, section: str, i: int, query: Any, keys: Any, values: Any, mask: Any) -> Any:
+    def extend(
+        self, section: str, i: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Mask]:
         if section != "decoder":
-            return keys, values, mask
+            return keys, values, Mask(mask, query.shape[2], keys.shape[2])
         return super().extend(section, i, query, keys, values, mask)
 
 

@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,7 @@ async def measure_prefixes(base: Base, store: Store, rounds: int) -> dict[str, l
         f"{LONG} cached text tokens": [{"prompt": text + tokens} for text, tokens in zip(texts, x, strict=True)],
     }
     try:
-        return await in_turn(
-            {name: lambda them=them: run(engine._llm, them) for name, them in requests.items()}, rounds
-        )
+        return await in_turn({name: partial(run, engine._llm, them) for name, them in requests.items()}, rounds)
     finally:
         await engine.stop(0)
 
@@ -161,7 +160,7 @@ def save_adapters(folder: Path, count: int) -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.01)
-        model.save_pretrained(folder / str(n))
+        model.save_pretrained(str(folder / str(n)))
 
 
 async def measure_lora(base: Base, store: Store, rounds: int) -> dict[str, list[float]]:

@@ -333,7 +333,8 @@ def compare(study: Study, found: Sequence[Line], *, samples: int = 1000) -> list
         for group, places in {"all": range(len(data.test)), **data.groups}.items():
             texts = [[own[key]["test_outputs"][i] for key in shared for i in places] for own in runs]
             references = [data.test[i].references for i in places]
-            result = paired_bootstrap(references, *texts, study.primary, runs=len(shared), samples=samples)
+            baseline, system = texts
+            result = paired_bootstrap(references, baseline, system, study.primary, runs=len(shared), samples=samples)
             (one,) = result.values()
             compared.append(
                 {

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,7 +36,14 @@ FEW = 100
 GOAL = 1.1
 KILLED_AT = (0.05, 0.1)
 """Shares of the users that are in the store when a run is killed."""
-SETTINGS = {"length": 5, "reparametrization": "direct", "epochs": 1, "batch-size": 8, "slots": 16, "rows-at-once": 128}
+SETTINGS: dict[str, Any] = {
+    "length": 5,
+    "reparametrization": "direct",
+    "epochs": 1,
+    "batch-size": 8,
+    "slots": 16,
+    "rows-at-once": 128,
+}
 
 
 def save_base(folder: Path) -> None:
@@ -154,7 +162,7 @@ def report(arguments: argparse.Namespace, there: list[int], runs: dict[str, tupl
     console.print(
         f"killed with {there[0]:,} and with {there[1]:,} users in the store; everybody was trained once. "
         f"Peak memory {ratio:.3f} times that of {FEW} users; goal: at most {GOAL}. "
-        f"Beyond the start {speed:.1f} users/s trained ({speed * ROWS * int(SETTINGS['epochs']):,.0f} rows/s), "
+        f"Beyond the start {speed:.1f} users/s trained ({speed * ROWS * SETTINGS['epochs']:,.0f} rows/s), "
         f"{1e3 * skipping:.2f} ms for one who is skipped."
     )
     if arguments.json is not None:

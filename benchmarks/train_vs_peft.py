@@ -118,7 +118,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])
     synchronize(base.device)
-    tokens = count = needed = 0
+    tokens, count, needed = 0, 0, 0.0
     began = time.perf_counter()
     while time.perf_counter() - began < options.seconds:
         chosen = [rows[i] for i in next(turns)]

@@ -188,7 +188,7 @@ def own_prefixes(base: Base, work: Path, name: str, warm: bool) -> dict[str, Pre
         rows_at_once=16, save_dtype=torch.float32,
     ):  # fmt: skip
         assert report.error is None, report
-        print(f"{name}: {report.to_json()}, {time.perf_counter() - began:.0f} s", flush=True)
+        print(f"{name}: {json.dumps(report.to_dict())}, {time.perf_counter() - began:.0f} s", flush=True)
     return {team: store.get(team, base=base) for team in team_rows("users-train")}
 
 
@@ -317,7 +317,7 @@ def report(runs: Runs, console: Console) -> None:
     plot(runs.folder, summary["means"], teams)
 
 
-def _shown(mean: float, low: float, high: float, sign: str = "") -> str:
+def _shown(mean: float, low: float, high: float, *, sign: str = "") -> str:
     digits = 2 if abs(mean) >= 10 or abs(high) >= 10 else 3
     return f"{mean:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 

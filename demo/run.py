@@ -15,7 +15,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from voices import VOICES, NaiveBayes, coverage, linearize, load, rows
 
@@ -63,7 +63,7 @@ def main() -> None:
         for voice in VOICES:
             task = bar.add_task(voice, total=None, state="")
 
-            def show(progress: foreword.TrainingProgress, task=task) -> None:
+            def show(progress: foreword.TrainingProgress, task: TaskID = task) -> None:
                 speed = progress.tokens_per_second
                 bar.update(
                     task,
@@ -87,9 +87,9 @@ def main() -> None:
 
     # the files, not what is still in memory: that is what a user would have tomorrow
     loaded = {voice: Prefix.load(options.out / f"{voice}.safetensors", base) for voice in VOICES}
-    names = [None, *VOICES]
+    names: list[str | None] = [None, *VOICES]
     inputs = [linearize(record.fields) for record in held_out for _ in names]
-    owners = [loaded.get(name) for _ in held_out for name in names]
+    owners = [None if name is None else loaded[name] for _ in held_out for name in names]
     began = time.perf_counter()
     texts = foreword.generate(base, inputs, owners, settings=GenerateSettings(max_new_tokens=80, batch_size=20))
     generated = time.perf_counter() - began

@@ -568,11 +568,11 @@ def test_keys_that_no_query_of_a_block_sees_are_left_out(monkeypatch: pytest.Mon
     causal = torch.ones(7, 7, dtype=torch.bool).tril()
     mask = torch.cat([torch.ones(2, 1, 7, 5, dtype=torch.bool), causal.expand(2, 1, 7, 7)], dim=-1)
     mask[1, 0, :, 5:9] = False
-    assert Mask(mask).blocks(7, 12) == [(slice(0, 4), slice(0, 9)), (slice(4, 8), slice(0, 12))]
+    assert Mask(mask, 7, 12).blocks == [(slice(0, 4), slice(0, 9)), (slice(4, 8), slice(0, 12))]
     nothing = torch.zeros_like(mask)
-    assert [seen for _, seen in Mask(nothing).blocks(7, 12)] == [slice(0, 1)] * 2
+    assert [seen for _, seen in Mask(nothing, 7, 12).blocks] == [slice(0, 1)] * 2
     for all_seen in (None, torch.zeros(1, 1, 7, 12)):
-        assert [seen for _, seen in Mask(all_seen).blocks(7, 12)] == [slice(0, 12)] * 2
+        assert [seen for _, seen in Mask(all_seen, 7, 12).blocks] == [slice(0, 12)] * 2
 
 
 def test_attention_dropout_acts_in_training_alone() -> None:

@@ -123,13 +123,19 @@ def ablations(options: Namespace) -> Study:
         *(arm(f"prefix {p}", line="prefix", x=p, length=p, rate_of="prefix 10") for p in (1, 5, 20, 40)),
         arm(
             "embedding-only 10",
-            **{"line": "embedding-only", "x": 10, "length": 10, "reparametrization": "embedding"},
+            line="embedding-only",
+            x=10,
+            length=10,
+            reparametrization="embedding",
             grid="prefix-embedding",
         ),
         *(
             arm(
                 f"embedding-only {p}",
-                **{"line": "embedding-only", "x": p, "length": p, "reparametrization": "embedding"},
+                line="embedding-only",
+                x=p,
+                length=p,
+                reparametrization="embedding",
                 rate_of="embedding-only 10",
             )
             for p in (1, 20)

@@ -388,7 +388,8 @@ class Attachment:
         # every layer of a kind is handed the same mask
         key = (id(mask), batch, query.shape[2], keys.shape[2])
         if key not in self._masks:
-            self._masks[key] = mask, Mask(self._extend_mask(mask, *key[1:], device=keys.device))
+            extended = self._extend_mask(mask, *key[1:], device=keys.device)
+            self._masks[key] = mask, Mask(extended, query.shape[2], prefix_keys.shape[2] + keys.shape[2])
         keys, values = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
         return keys, values, self._masks[key][1]
 

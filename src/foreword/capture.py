@@ -32,7 +32,7 @@ class _Recorder:
         mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, Mask]:
         self.seen.setdefault(section, {})[i] = keys, values
-        return keys, values, Mask(mask)
+        return keys, values, Mask(mask, query.shape[2], keys.shape[2])
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import math
 import numbers
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -390,7 +390,7 @@ def check_fits(base: Base, x: int, y: int, length: int, where: str) -> None:
         )
 
 
-def batches(rows: Sequence[Row], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+def batches(rows: Sequence[Sized], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """Indices of rows in batches, each of rows of about one length, in random order; the same for the same arguments."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
     order = torch.randperm(len(rows), generator=generator).tolist()
