@@ -24,17 +24,19 @@ E2E_DIFFERS = (
 
 
 E2E_WORDS = "table-to-text: describe the restaurant"
+WEBNLG_WORDS = "table-to-text: describe the facts"
+SYNOPSIS_WORDS = "summarize: describe the package in one line"
 """To start a prefix from; the paper's are of this kind (section 7.4)."""
 
 
 def _curve(
-    sizes: Mapping[int, int], options: Namespace, *, words: str | None = None
+    sizes: Mapping[int, int], options: Namespace, starts: Mapping[str, str | None]
 ) -> tuple[dict[int, int], list[Arm]]:
-    """Prefix and full fine-tuning by training size, with a learning rate for each.
+    """Prefixes and full fine-tuning by training size, with a learning rate for each.
 
     Args:
         sizes: epochs by number of rows; those that the user chose are taken.
-        words: of the task; where given, a prefix that starts from them stands beside that of the first rows.
+        starts: for each line of prefixes the words that it starts from; None is the first rows.
 
     Returns:
         The sizes taken, and the arms.
@@ -42,9 +44,7 @@ def _curve(
     chosen = {size: epochs for size, epochs in sizes.items() if options.sizes is None or size in options.sizes}
     if not chosen:
         raise SystemExit(f"expected some of the sizes {', '.join(map(str, sizes))}; got {options.sizes}")
-    kinds = {"prefix": ("prefix", Options(length=options.length))}
-    if words is not None:
-        kinds["prefix from words"] = "prefix", Options(length=options.length, init_text=words)
+    kinds = {kind: ("prefix", Options(length=options.length, init_text=words)) for kind, words in starts.items()}
     kinds["fine-tuning"] = "full", Options(length=options.length)
     arms = [
         Arm(name=f"{kind} {size}", method=method, rows=size, epochs=epochs, options=own, line=kind, x=size)
@@ -56,7 +56,8 @@ def _curve(
 
 def low_data(options: Namespace) -> Study:
     """Prefix against full fine-tuning on few E2E rows (section 6.3, figure 3)."""
-    chosen, arms = _curve({50: 12, 100: 8, 200: 6, 500: 3}, options, words=E2E_WORDS)
+    starts = {"prefix": None, "prefix from words": E2E_WORDS}
+    chosen, arms = _curve({50: 12, 100: 8, 200: 6, 500: 3}, options, starts)
     return Study(
         name="e2e-lowdata",
         shared="e2e",
@@ -65,9 +66,7 @@ def low_data(options: Namespace) -> Study:
         data=lambda sample, rows: data.e2e(sample, rows, options.dev, options.test_inputs),
         metrics="e2e",
         primary="e2e.BLEU",
-        contrasts=[
-            (f"fine-tuning {size}", f"{kind} {size}") for kind in ("prefix", "prefix from words") for size in chosen
-        ],
+        contrasts=[(f"fine-tuning {size}", f"{kind} {size}") for kind in starts for size in chosen],
         cut=f"samples of rows: {options.samples}, seeds: {options.seeds} (the paper: 5 and 2; --samples 5 --seeds 2); "
         f"{options.test_inputs} test inputs; epochs "
         + ", ".join(f"{epochs} at {size} rows" for size, epochs in chosen.items()),
@@ -81,10 +80,15 @@ def low_data(options: Namespace) -> Study:
 
 def webnlg(options: Namespace) -> Study:
     """Categories that were not trained on (section 6.4, table 1)."""
-    kinds = {"prefix": "prefix", "fine-tuning": "full", "top two layers": "top2"}
+    plain = Options(length=options.length)
+    kinds = {
+        "prefix": ("prefix", Options(length=options.length, init_text=WEBNLG_WORDS)),
+        "fine-tuning": ("full", plain),
+        "top two layers": ("top2", plain),
+    }
     arms = [
-        Arm(name=name, method=method, rows=options.rows, epochs=options.epochs, options=Options(length=options.length))
-        for name, method in kinds.items()
+        Arm(name=name, method=method, rows=options.rows, epochs=options.epochs, options=own)
+        for name, (method, own) in kinds.items()
     ]
     held = "the challenge's test set, all ten training categories trained on" if options.test else (
         f"five of the ten training categories held out as unseen ({', '.join(data.HELD_OUT)}), tried on the development set"
@@ -98,7 +102,7 @@ def webnlg(options: Namespace) -> Study:
         primary="webnlg.BLEU",
         contrasts=[("fine-tuning", "prefix"), ("top two layers", "prefix")],
         cut=f"{options.rows} rows and {options.epochs} epochs (the paper: 18,000 and 5); {options.test_inputs} test inputs each "
-        f"of seen and unseen categories; seeds: {options.seeds}",
+        f"of seen and unseen categories; seeds: {options.seeds}; the prefix starts from {WEBNLG_WORDS!r}",
         published=published.WEBNLG,
         differs=f"the base (SmolLM2-135M-Instruct for GPT-2 medium); the data ({held}); greedy outputs for beams of 5. "
         "No adapters: no library for them runs here, see benchmarks/methods.py. METEOR and TER are 0 to 1.",
@@ -192,7 +196,7 @@ SYNOPSIS_DIFFERS = (
 
 def summarization(options: Namespace) -> Study:
     """Summaries by a decoder-only base, by training size (section 6.2, figure 3)."""
-    chosen, arms = _curve({100: 8, 400: 3, 1600: 1}, options)
+    chosen, arms = _curve({100: 8, 400: 3, 1600: 1}, options, {"prefix": SYNOPSIS_WORDS})
     return Study(
         name="summarization",
         title="Synopses: prefix against full fine-tuning",
@@ -205,7 +209,7 @@ def summarization(options: Namespace) -> Study:
         max_output_tokens=30,
         new_tokens=30,
         cut=f"at most {max(chosen)} rows, seeds: {options.seeds}, 256 tokens of a document, "
-        f"{options.test_inputs} test inputs",
+        f"{options.test_inputs} test inputs; the prefix starts from {SYNOPSIS_WORDS!r}",
         published=published.XSUM,
         differs=f"{SYNOPSIS_DIFFERS}; the base (SmolLM2-135M-Instruct for BART large); greedy outputs for beams of 6.",
         expected=["prefix ahead of fine-tuning with few rows, behind with all (the paper's all are 204,000)"],
