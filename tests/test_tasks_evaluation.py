@@ -257,10 +257,13 @@ def test_evaluate_again_needs_no_base(
     rows.write_text(rows.read_text().replace('"City"', f'"{LONG}"'))
     command = ("evaluate", "--base", base, "--prefix", own, "--task", "webnlg", "--data", rows, *FLAGS)
     first = run(*command)
+    some = run(*command, "--limit", 2, "--outputs", "some.jsonl")
+    assert "; the first 2 of them taken; outputs in some.jsonl\n" in some.out
     monkeypatch.setattr(foreword.bases, "load_base", never)
     again = run(*command)
     assert again == first
     assert first.code == 0
+    assert "taken" not in first.out
     assert "BLEU: sacrebleu|" in first.out
     assert f"\n {LONG} " in first.out
     words = [line.split() for line in first.out.splitlines()]

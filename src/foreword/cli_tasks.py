@@ -149,7 +149,8 @@ def evaluate(
         }
         typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
-        out.print(shown(f"{report}; outputs in {outputs}"))
+        taken = "" if len(examples) == report.kept else f"; the first {len(examples):,} of them taken"
+        out.print(shown(f"{report}{taken}; outputs in {outputs}"))
         _print_groups(scores, groups)
     if not whole.figures:
         raise typer.Exit(2)
