@@ -17,7 +17,7 @@ from rich.progress import TextColumn
 from foreword import cli_hub, cli_many, cli_serve, cli_tasks
 from foreword import terminal as t
 from foreword.errors import ForewordError, MissingExtraError, SettingsError
-from foreword.settings import TrainSettings
+from foreword.settings import GenerateSettings, TrainSettings
 from foreword.terminal import err, out, shown
 from foreword.version import __version__
 from foreword.writing import check_apart, check_new
@@ -235,15 +235,21 @@ def generate(
     ] = None,
     output_file: Annotated[Path | None, t.to_write("--output", help="JSONL: the rows with their output.")] = None,
     input: Annotated[str, typer.Option(help="Column of x.")] = "input",
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 128,
-    num_beams: Annotated[int, typer.Option(help="Beams; 1 for none.")] = 1,
-    length_penalty: Annotated[float, typer.Option(help="Of beams; above 0 favours long texts.")] = 1.0,
-    temperature: Annotated[float, typer.Option(help="0: the most likely token; above: sample.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the most likely with this probability together.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = GenerateSettings.max_new_tokens,
+    num_beams: Annotated[int, typer.Option(help="Beams; 1 for none.")] = GenerateSettings.num_beams,
+    length_penalty: Annotated[
+        float, typer.Option(help="Of beams; above 0 favours long texts.")
+    ] = GenerateSettings.length_penalty,
+    temperature: Annotated[
+        float, typer.Option(help="0: the most likely token; above: sample.")
+    ] = GenerateSettings.temperature,
+    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0: all.")] = GenerateSettings.top_k,
+    top_p: Annotated[
+        float, typer.Option(help="Sample among the most likely with this probability together.")
+    ] = GenerateSettings.top_p,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given again.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Rows through the base at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = GenerateSettings.seed,
+    batch_size: Annotated[int, typer.Option(help="Rows through the base at once.")] = GenerateSettings.batch_size,
     raw: Annotated[bool, typer.Option("--raw", help="Give the base the text as it is, with no template.")] = False,
     overwrite: t.Overwrite = False,
     dtype: t.Dtype = "auto",
@@ -255,8 +261,8 @@ def generate(
     """
     from foreword.bases import load_base
     from foreword.data import column_names, read_records, renamed
-    from foreword.generation import GenerateSettings, stream
     from foreword.generation import generate as generate_texts
+    from foreword.generation import stream
     from foreword.outputs import Outputs, part_of
     from foreword.prefix import Framing, Prefix
     from foreword.store import Store

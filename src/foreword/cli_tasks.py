@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from foreword import terminal as t
+from foreword.settings import GenerateSettings
 from foreword.terminal import err, out, shown
 from foreword.writing import check_apart
 
@@ -76,9 +77,11 @@ def evaluate(
         Path | None, t.to_write(help="JSONL that keeps the outputs; by default PREFIX.TASK.outputs.jsonl.")
     ] = None,
     num_beams: Annotated[int, typer.Option(help="Beams; 1 for none.")] = 5,
-    length_penalty: Annotated[float, typer.Option(help="Of beams; above 0 favours long texts.")] = 1.0,
+    length_penalty: Annotated[
+        float, typer.Option(help="Of beams; above 0 favours long texts.")
+    ] = GenerateSettings.length_penalty,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a text.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Rows through the base at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Rows through the base at once.")] = GenerateSettings.batch_size,
     samples: Annotated[int, typer.Option(min=0, help="Draws of the bootstrap; 0 for no intervals.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 12345,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace outputs of another evaluation.")] = False,
@@ -93,7 +96,6 @@ def evaluate(
     from foreword import tasks
     from foreword.bases import Base, load_base
     from foreword.evaluate import score_groups
-    from foreword.generation import GenerateSettings
     from foreword.metrics import chosen
     from foreword.outputs import part_of
     from foreword.prefix import Prefix

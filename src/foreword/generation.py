@@ -6,10 +6,8 @@ each sampled row draws from a generator of its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,7 @@ from foreword.attach import Stack, attach, check_free, lock_of
 from foreword.data import check_fits, frame, pad
 from foreword.errors import SettingsError
 from foreword.prefix import Framing, Prefix
-from foreword.settings import as_numbers
+from foreword.settings import GenerateSettings
 from foreword.text import TextSoFar
 
 if TYPE_CHECKING:
@@ -40,50 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["GenerateSettings", "end_ids", "generate", "sample_processors", "stream"]
 
 Input = str | Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateSettings:
-    """How text is generated.
-
-    Args:
-        max_new_tokens: most tokens of y, its end token included; fewer where the base's context ends first.
-        num_beams: beams; 1 for none. The paper's table-to-text figures take 5.
-        length_penalty: exponent to a beam's length; above 0 favours long ones.
-        temperature: 0 for the most likely token, above 0 to sample.
-        top_k: sample among this many most likely tokens; 0 for all.
-        top_p: sample among the fewest most likely tokens that have this much probability together.
-        stop: strings before which the text ends.
-        seed: of sampling; each row draws from a generator of its own, made from the seed and the row's number.
-        batch_size: rows that go through the base at once; no row's text depends on it.
-    """
-
-    max_new_tokens: int = 128
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    stop: Sequence[str] = ()
-    seed: int = 0
-    batch_size: int = 16
-
-    def __post_init__(self) -> None:
-        as_numbers(self, int, ("max_new_tokens", "num_beams", "top_k", "seed", "batch_size"))
-        as_numbers(self, float, ("length_penalty", "temperature", "top_p"))
-        for name in ("max_new_tokens", "num_beams", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"expected {name} of at least 1; got {getattr(self, name)}")
-        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise SettingsError(
-                f"expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got {self.temperature}, {self.top_p}, {self.top_k}"
-            )
-        if not math.isfinite(self.length_penalty):
-            raise SettingsError(f"expected a finite length_penalty; got {self.length_penalty}")
-        if self.num_beams > 1 and self.temperature > 0:
-            raise SettingsError("beams and sampling exclude each other: set num_beams to 1, or temperature to 0")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise SettingsError(f"expected a list of non-empty stop strings; got {self.stop!r}")
 
 
 def generate(
