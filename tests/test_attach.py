@@ -562,6 +562,18 @@ def test_products_and_the_fused_kernel_agree(family: str, lengths: list[int], mo
         assert_same(family, found[1][name], value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_query_that_sees_nothing_has_finite_weights(dtype: torch.dtype) -> None:
+    """Padding: its values go nowhere, but as NaN they would go everywhere."""
+    mask = torch.tensor([[True, True, False], [False, False, False]])[None, None]
+    added = Mask(mask, 2, 3).added(dtype)
+    assert added is not None
+    weights = (torch.tensor([[-100.0, -90.0, -80.0]], dtype=dtype) + added).softmax(-1)
+    assert weights.dtype == dtype
+    assert weights.isfinite().all()
+    assert weights[0, 0, 0, 2] == 0
+
+
 def test_keys_that_no_query_of_a_block_sees_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a causal mask behind a prefix of 5, with padding on the left of one row."""
     monkeypatch.setattr(foreword.attention, "BLOCK", 3)

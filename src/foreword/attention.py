@@ -119,7 +119,7 @@ class _Products(torch.autograd.Function):
         batch, heads, length, dim = query.shape
         ctx.blocks, ctx.scaling = mask.blocks, scaling
         query = query * scaling
-        out = query.new_empty(batch, length, heads, dim)
+        out = value.new_empty(batch, length, heads, dim)
         kept = []
         for block, seen in ctx.blocks:
             scores = _fold(query[:, :, block], key) @ key[:, :, seen].mT
