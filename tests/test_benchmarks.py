@@ -463,6 +463,16 @@ def test_the_papers_studies_are_whole(name: str) -> None:
     assert study.cut
 
 
+@pytest.mark.parametrize("name", ["webnlg", "summarization"])
+def test_a_report_tells_the_words_that_its_prefixes_start_from(name: str) -> None:
+    make, _ = STUDIES[name]
+    study = make(options_of([name]))
+    for arm in study.arms:
+        words = arm.options.init_text
+        assert (words is not None) == (arm.method == "prefix")
+        assert words is None or repr(words) in study.cut
+
+
 def test_a_table_pretrains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREWORD_CACHE", str(tmp_path))
     monkeypatch.setattr(benchmarks.bart, "pretrain", lambda *_, **__: pytest.fail("it pretrains"))

@@ -176,7 +176,7 @@ def test_records_that_are_none_are_refused() -> None:
             b'{"input": "\xff"}',
             "expected UTF-8; byte 11 \\(0xff\\) is not: save it as UTF-8, e.g. with iconv",
         ),
-        ("a.csv", "input,output\né,a\n".encode("latin-1"), "expected UTF-8; byte 13 \\(0xe9\\) is not"),
+        ("a.csv", "input,output\né,a\n".encode("latin-1"), "expected UTF-8; byte 13 \\(0xe9\\), in line 2, is not"),
         ("a.jsonl", '{"input": "a"}\n'.encode("utf-16"), "expected UTF-8; byte 0 \\(0xff\\) is not"),
         ("a.jsonl", b'{"input": "a"}\n{"input": "b"', "a.jsonl, line 2: expected one JSON object a line; Expecting"),
         ("a.jsonl", b'{"input": "a"}{"input": "b"}', "line 1: expected one JSON object a line; Extra data"),

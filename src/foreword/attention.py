@@ -140,7 +140,7 @@ class _Products(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         of_query, of_key, of_value = (
             torch.zeros_like(tensor) if needed else None
-            for tensor, needed in zip((query, key, value), ctx.needs_input_grad, strict=False)
+            for tensor, needed in zip((query, key, value), ctx.needs_input_grad[:3], strict=True)
         )
         for (block, seen), weights in zip(ctx.blocks, kept, strict=True):
             out = _fold(outer[0][:, block].transpose(1, 2), key)

@@ -22,7 +22,9 @@ def text_of(data: bytes, where: str | PathLike[str]) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        before = data.count(b"\n", 0, error.start)
+        line = f", in line {before + 1}," if before else ""
         raise DataError(
-            f"{where}: expected UTF-8; byte {error.start} (0x{data[error.start]:02x}) is not: save it as UTF-8, e.g. with "
+            f"{where}: expected UTF-8; byte {error.start} (0x{data[error.start]:02x}){line} is not: save it as UTF-8, e.g. with "
             "iconv -t UTF-8"
         ) from None
