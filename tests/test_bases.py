@@ -20,9 +20,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
-from foreword.attach import Stack, attach
+from foreword.attach import Stack, attach, section_shapes
 from foreword.bases import Base, cache_folder, load_base
 from foreword.builtin import BUILT_IN, BuiltIn, download
+from foreword.data import Row, collate
 from foreword.errors import BaseLoadError, MissingExtraError, SettingsError
 from foreword.generation import GenerateSettings, generate
 
@@ -278,11 +279,41 @@ def test_a_dtype_that_there_is_not(dtype: Any) -> None:
         load_base("anything", dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
 def test_a_device_that_there_is_not(device: str) -> None:
     with pytest.raises(SettingsError, match=rf"a device of this machine, such as cpu; got '{device}'") as caught:
         load_base("anything", device=device)
     assert "\n" not in str(caught.value)
+
+
+# how a decoder begins
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_how_a_decoder_begins_may_be_said_in_either_configuration(family: str, tmp_path: Path) -> None:
+    def told(place: str) -> Base:
+        for file in ("config.json", "generation_config.json"):
+            path = tmp_path / place / file
+            path.write_text(
+                json.dumps({**json.loads(path.read_text()), "decoder_start_token_id": START if file == place else None})
+            )
+        return load_base(tmp_path / place, dtype="float32", device="cpu")
+
+    START = 65
+    texts = []
+    for place in ("config.json", "generation_config.json", "neither"):
+        save(tmp_path / place, family)
+    for place in ("config.json", "generation_config.json"):
+        base = told(place)
+        assert base.start_id == START
+        texts.append(generate(base, ["abc"], settings=GenerateSettings(max_new_tokens=9)))
+        assert collate(base, [Row([1, 2], [3, 4])]).inputs["decoder_input_ids"].tolist() == [[START, 3]]
+    assert texts[0] == texts[1]
+    base = told("neither")
+    with pytest.raises(BaseLoadError, match="'.*neither' does not: set decoder_start_token_id in its config.json"):
+        generate(base, ["abc"])
+    with pytest.raises(BaseLoadError, match="set decoder_start_token_id"):
+        collate(base, [Row([1, 2], [3, 4])])
 
 
 # what is no base
@@ -511,6 +542,8 @@ def write_gguf(path: Path, *, architecture: str = "llama", drop: str = "") -> Pr
 
 def test_a_gguf_file_loads_as_plain_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "tiny.GGUF").symlink_to("tiny.gguf")
+    assert load_base(tmp_path / "tiny.GGUF", dtype="float32", device="cpu").shapes == section_shapes(model)
     base = load_base(tmp_path / "tiny.gguf", dtype="float32", device="cpu")
     torch.testing.assert_close(logits(base.model), logits(model), rtol=1e-5, atol=1e-5)
     assert getattr(base.model.config, "quantization_config", None) is None
@@ -743,6 +776,15 @@ def test_pip_that_cannot_fetch(index: Index, tmp_path: Path, monkeypatch: pytest
     ) as caught:
         download(index.base, tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_machine_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that runs as a number that /etc/passwd lacks."""
+    for name in ("FOREWORD_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("os.getuid", lambda: 123456789)
+    assert cache_folder() == Path("~/.cache/foreword")
 
 
 def test_no_pip(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,8 @@ def test_every_option_of_train_reaches_training(
         warmup=0.2, clip=0.5, weight_decay=0.01, patience=3, seed=5, max_output_tokens=19, gradient_checkpointing=True,
     )  # fmt: skip
     assert seen["framing"] == Framing(template="{input}\t>\n", max_input_tokens=23)
-    assert seen["records"] == seen["dev"] == [{"input": "what", "output": "this"}, {"input": "who", "output": "that"}]
+    rows = [{"q": "what", "a": "this"}, {"q": "who", "a": "that"}]
+    assert seen["records"] == seen["dev"] == [{**row, "input": row["q"], "output": row["a"]} for row in rows]
     assert (seen["resume"], seen["overwrite"], seen["checkpoint_every"]) == (True, True, 3)
     assert seen["base"].dtype == torch.float32
     assert Prefix.load(tmp_path / "p").dtype == "float32"
@@ -321,6 +322,8 @@ def test_every_option_of_generate_reaches_generation(run: Run, base: Path, monke
         max_new_tokens=3, num_beams=2, length_penalty=0.5, stop=("a", "b"), batch_size=4
     )
     assert seen["framing"] == Framing(template="{input}")
+    assert run("generate", "--base", base, "--stop", r"\n\n", "--stop", r"\t", "two", "texts").out == "x\n"
+    assert seen["settings"].stop == ("\n\n", "\t")
     words = "--temperature 0.5 --top-k 3 --top-p 0.9 --seed 7"
     assert run("generate", "--base", base, *words.split(), "two", "texts").out == "x\n"
     assert seen["settings"] == foreword.GenerateSettings(temperature=0.5, top_k=3, top_p=0.9, seed=7)
@@ -416,6 +419,8 @@ def test_peft_there_and_back(run: Run, base: Path, prefix: Path, tmp_path: Path)
     assert (config.peft_type, config.num_virtual_tokens) == ("PREFIX_TUNING", 5)
     ran = run("import-peft", "adapter", "--base", base, "--out", "again.safetensors", "--template", r"{input}\n=>")
     assert ran == (0, "again.safetensors: 5 virtual tokens\n", "")
+    assert run("import-peft", "adapter", "--base", base, "--out", "chat.safetensors", "--chat").code == 0
+    assert Prefix.load(tmp_path / "chat.safetensors").card.framing == Framing(chat=True)
     there, back = Prefix.load(prefix), Prefix.load(tmp_path / "again.safetensors")
     assert back.card.framing.template == "{input}\n=>"
     for layer, ours in zip(back.sections["decoder"], there.sections["decoder"], strict=True):
@@ -538,7 +543,7 @@ BEFORE = {
     "inspect: foreign": (["inspect", "foreign.safetensors"], "foreign.safetensors: a safetensors file, but not a prefix"),
     "init-from: truncated": ([*TRAIN, "--data", "rows.jsonl", "--out", "p", "--init-from", "cut.safetensors"], "cut.safetensors: expected"),
     "export: truncated": (["export-peft", "cut.safetensors", "--base", "{base}", "--out", "a"], "cut.safetensors: expected"),
-    "data: no output": ([*TRAIN, "--data", "column.jsonl", "--out", "p"], "record 1: expected .*'output'.*columns: input, text"),
+    "data: no output": ([*TRAIN, "--data", "column.jsonl", "--out", "p"], "record 1: expected .*'output'.*columns: 'input', 'text'"),
     "data: no column of the template": ([*TRAIN, "--data", "rows.jsonl", "--template", "{{x}}", "--out", "p"], "record 1: .*'x'"),
     "data: a list for text": ([*TRAIN, "--data", "number.jsonl", "--out", "p"], "record 1: expected text .*'input'; got list"),
     "data: empty y": ([*TRAIN, "--data", "nothing.jsonl", "--out", "p"], "record 2: expected a non-empty output; y is empty"),
@@ -602,7 +607,7 @@ AFTER = {
     "base: nothing": (["generate", "--base", "./none", "x"], "no model at './none'"),
     "base: damaged": (["generate", "--base", "damaged", "x"], "cannot load 'damaged'"),
     "base: damaged, file": (["generate", "--base", "damaged", "--input-file", "rows.jsonl", "--output", "o"], "cannot load"),
-    "base: dtype": ([*GENERATE, "--dtype", "int3", "x"], "expected dtype to be one of auto"),
+    "base: dtype": ([*GENERATE, "--dtype", "fp8", "x"], "expected dtype to be one of auto"),
     "base: device": ([*GENERATE, "--device", "abacus", "x"], "expected a device of this machine, such as cpu; got 'abacus'"),
     "data: half a pair": ([*TRAIN, "--data", "pair.jsonl", "--out", "p"], "record 1: "),
     "data: too long": ([*TRAIN, "--data", "long.jsonl", "--out", "p"], f"record 1: expected at most {CONTEXT} positions"),
@@ -770,6 +775,12 @@ def test_two_processes_are_one_with_twice_the_accumulation(run: Run, base: Path,
 
 
 # trackers
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_what_accelerate_refuses_is_one_line(run: Run, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    refused(run("train", "--base", base, "--data", data, "--out", "p"), "accelerate refuses its settings: .*fp8")
 
 
 def test_a_tracker_that_is_not_installed_is_named(

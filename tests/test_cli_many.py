@@ -9,6 +9,7 @@ import inspect
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_every_option_reaches_training(
     assert content(seen["init_from"]) == content(Prefix.load(prefix))
     assert seen["base"].dtype == torch.float32
     for file in (seen["data"], seen["dev"]):
-        assert file.records("b") == [{"who": "b", "input": "what", "output": "this"}]
+        assert file.records("b") == [{"who": "b", "q": "what", "a": "this", "input": "what", "output": "this"}]
     assert run(*command, *columns, "--chat", "--init-text", "words").code == 0
     assert seen["framing"].chat
     assert seen["settings"] == foreword.TrainSettings(init_text="words")
@@ -168,6 +169,8 @@ SHARED = ("train-many", "--base", "nowhere", "--out", "S", "--data")
         ([*SHARED, "u.jsonl", "--epochs", "0"], "expected epochs of at least 1; got 0"),
         ([*SHARED, "u.jsonl", "--save-dtype", "int8"], "expected bfloat16 or float32 for the file; got 'int8'"),
         ([*SHARED, "u.jsonl", "--chat", "--template", "x"], "--chat and --template exclude each other"),
+        ([*SHARED, "u.jsonl", "--report", "S"], "expected a report outside the store; S is in it"),
+        ([*SHARED, "u.jsonl", "--report", "S/../S/r/x"], "expected a report outside the store; S/../S/r/x is in it"),
         ([*SHARED, "u.jsonl", "--report", "u.jsonl"], "expected another file to write to than u.jsonl"),
         ([*SHARED, "u.jsonl", "--init-from", "none"], "no prefix file at none"),
         ([*SHARED, "u.jsonl", "--out", "memory://S"], "expected --report FILE, since the store memory://S is no local folder"),
@@ -227,6 +230,50 @@ def test_the_bar(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert progress.left == 3 * (SIZES["bob"] + SIZES["dee"])
 
 
+def test_without_a_terminal_a_line_a_minute_says_how_far_it_is(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Console(file=io.StringIO(), width=120, highlight=False, _environ={})
+    monkeypatch.setattr(terminal, "err", log)
+    monkeypatch.setattr(cli_many, "err", log)
+    now = [0.0]
+    monkeypatch.setattr(cli_many.time, "perf_counter", lambda: now[0])
+    users = foreword.many.UserFile(data)
+    for process in (0, 1):
+        progress = cli_many._Progress(users, epochs=3, process=process, processes=2)
+        with progress.bar:
+            for second in (30, 59, 61, 119, 122):
+                now[0] += second - now[0] % 1000
+                progress.step(5)
+            progress.tell(UserReport(user="ann", rows=5, passes=15))
+        now[0] = 1000.0
+    # process 0 has ann, cyd and eve, 10 rows, three epochs
+    assert log.file.getvalue() == (  # type: ignore[attr-defined]
+        "0 of 3 users, 0 failed, 0 rows/s, 0:01:01 left\n0 of 3 users, 0 failed, 0 rows/s, 0:00:24 left\n"
+    )
+
+
+def test_who_cannot_be_trained_at_all_is_no_part_of_a_success(run: Run, base: Path, data: Path) -> None:
+    """Exit code 2, though each user fails alone."""
+    arguments = ["train-many", "--base", base, "--data", data, "--out", "S", *QUICK]
+    assert run(*arguments, "--template", "{inptu}").code == 2
+    ran = run(*arguments, "--length", "5000")
+    assert ran.code == 2
+    assert ran.err.startswith(
+        "error: expected a length below the base's context of 131; got 5000: take a shorter prefix"
+    )
+
+
+def test_processes_that_do_not_see_each_other_do_nothing(
+    run: Run, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal.os, "environ", {**os.environ, "WORLD_SIZE": "2"})
+    for command in (["train-many", "--out", "S"], ["train", "--out", "p"]):
+        monkeypatch.setattr(terminal, "on_cpu", lambda _: False)
+        ran = run(*command, "--base", base, "--data", data)
+        assert ran.code == 2
+        assert ran.err == "error: the launcher started 2 processes, and this one sees 1: name --device\n"
+    assert not (tmp_path / "p").exists()
+
+
 def test_the_store(run: Run, prefix: Path, tmp_path: Path) -> None:
     names = ["Zoë", "a/../b", "[red]bob"]
     for name in names:
@@ -269,8 +316,10 @@ def test_the_store(run: Run, prefix: Path, tmp_path: Path) -> None:
     place = lines.index(["versions", first, times[0]])
     assert lines[place + 1 : place + 3] == [[second, times[1]], [first, times[2]]]
 
-    ran = run("store", "rm", "S", "Zoë", "a/../b")
+    ran = run("store", "rm", "S", "Zoë", "nobody", "a/../b", "none")
     assert ran.out == "Zoë: 3 versions deleted\na/../b: 1 version deleted\n"
+    assert ran.code == 2
+    assert re.fullmatch("error: no prefix named 'nobody' in .*; no prefix named 'none' in .*\n", ran.err)
     assert run("store", "rm", "S", "Zoë").err.startswith("error: no prefix named 'Zoë'")
     assert run("store", "get", "S", "Zoë", "--out", "y").code == 2
     assert run("store", "rebuild", "S").out == "S: 1 names\n"
@@ -341,18 +390,42 @@ def test_killed_and_started_again(run: Run, base: Path, tmp_path: Path) -> None:
     assert run("store", "verify", "S").code == 0
 
 
+TOLD = """
+import os, foreword.many
+from foreword.cli import main
+begin = foreword.many._Plan.begin
+def told(plan, user):
+    print(user, file=open("told-" + os.environ["RANK"], "a"))
+    return begin(plan, user)
+foreword.many._Plan.begin = told
+main()
+"""
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_prefixes_of_one(run: Run, base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"],
+        # as on a machine with GPUs
+        ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_processes_give_the_prefixes_of_one(run: Run, base: Path, tmp_path: Path, launcher: list[str]) -> None:
     bad = {"user": "odd", "input": "a", "output": ""}
     data = jsonl(tmp_path / "u.jsonl", [*LINES[:3], bad, *LINES[3:]])
     arguments = [*map(str, ("train-many", "--base", base, "--data", data, "--save-dtype", "float32", *QUICK))]
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "-m", "foreword"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # who trained whom: each process tells its own file
+    (tmp_path / "told.py").write_text(TOLD)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, *launcher, *arguments, "--out", "two"],
+        [sys.executable, *launcher, "told", *arguments, "--out", "two"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
+    shares = [(tmp_path / f"told-{rank}").read_text().split() for rank in (0, 1)]
+    assert shares == [["ann", "cyd", "dee"], ["bob", "odd", "eve"]]
     assert done.stdout.startswith("two: 5 users trained, 0 skipped, 1 failed; ")
     assert done.stdout.count("\n") == 1
     assert "odd: record 1: expected a non-empty output" in done.stderr

@@ -115,7 +115,7 @@ def test_tables(tmp_path: Path, name: str, delimiter: str, begin: bytes, end: st
 
 
 def test_columns_are_renamed(tmp_path: Path) -> None:
-    """One that was asked for by name wins over one that merely is called so."""
+    """One that was asked for by name wins over one that merely is called so, and keeps its own name for templates."""
     lines = [
         {"mr": "x", "ref": "y", "id": 1},
         {"output": "other", "mr": "x", "input": "other", "ref": "y"},
@@ -123,13 +123,13 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
     ]
     path = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
     assert read_records(path, input="mr", output="ref") == [
-        {"input": "x", "output": "y", "id": 1},
-        {"input": "x", "output": "y"},
-        {"input": "x", "output": "y"},
+        {"mr": "x", "ref": "y", "input": "x", "output": "y", "id": 1},
+        {"mr": "x", "ref": "y", "input": "x", "output": "y"},
+        {"mr": "x", "ref": "y", "input": "x", "output": "y"},
     ]
     assert read_records(path, input="mr")[1:] == [
-        {"output": "other", "input": "x", "ref": "y"},
-        {"input": "x", "ref": "y"},
+        {"mr": "x", "output": "other", "input": "x", "ref": "y"},
+        {"mr": "x", "input": "x", "ref": "y"},
     ]
     both = written(tmp_path, "b.csv", "input,output\na,b\n")
     assert read_records(both, input="output", output="input") == [{"output": "a", "input": "b"}]
@@ -158,7 +158,7 @@ def test_records_that_are_none_are_refused() -> None:
         rows_of(base, [{"input": np.float32("nan"), "output": "a"}], Framing())
     with refused(DataError, r"expected 'messages', a list .*; got array"):
         rows_of(base, [{"messages": np.array(["a" * 90, "b"] * 9)}], Framing(chat=True))
-    with refused(DataError, "record 1: expected text in the column 'input'; .*columns: in put, output"):
+    with refused(DataError, "record 1: expected text in the column 'input'; .*columns: 'in\\\\nput', 'output'"):
         rows_of(base, [{"in\nput": "a", "output": "b"}], Framing())
     with refused(SettingsError, r"expected plain column names in braces; got 'a\\nb'"):
         rows_of(base, [{"input": "a", "output": "b"}], Framing(template="{a\nb}"))
@@ -201,9 +201,9 @@ def test_bad_files_are_refused(tmp_path: Path, name: str, content: bytes, messag
 
 def test_columns_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
     path = written(tmp_path, "a.jsonl", '{"mr": "a", "input": "b", "ref": "c"}\n{"input": "b", "output": "c"}')
-    with refused(DataError, r"a\.jsonl, record 2: expected the column 'mr'; got input, output"):
+    with refused(DataError, r"a\.jsonl, record 2: expected the column 'mr'; got 'input', 'output'"):
         read_records(path, input="mr")
-    with refused(DataError, "record 1: expected the column 'refs'; got input, mr, ref"):
+    with refused(DataError, "record 1: expected the column 'refs'; got 'input', 'mr', 'ref'"):
         read_records(path, input="mr", output="refs")
     with refused(SettingsError, "expected two columns, of x and of y; got 'mr' for both"):
         read_records(path, input="mr", output="mr")
@@ -269,7 +269,7 @@ def test_hostile_templates_are_refused(template: str, message: str) -> None:
     [
         (
             {"text": "a", "output": "b"},
-            r"here: expected text in the column 'input'; got no such column \(columns: o.*, t",
+            r"here: expected text in the column 'input'; got no such column \(columns: 'o.*', 't",
         ),
         ({}, r"no such column \(columns: none\)"),
         ({"input": None}, "got NoneType"),
@@ -307,9 +307,13 @@ def test_a_long_x_loses_the_end_of_its_last_field(family: str) -> None:
     assert cut("{title}\n", special + 3) == x_of(base, family, "ab\n")
     after = 4 + (family in ENCODER_DECODER)
     with refused(
-        SettingsError, f"the record: expected max_input_tokens above {after}, the tokens after the .*got {after}"
+        SettingsError, f"expected max_input_tokens above {special + 4}, the tokens before and after the .*got {after}"
     ):
         cut("{input} =>\n", after)
+    before = special + len("abc: ") + 1
+    assert cut("{title}: {input}!", before + 1) == x_of(base, family, "abc: d!")
+    with refused(SettingsError, f"the record: expected max_input_tokens above {before}, .*got {before}"):
+        cut("{title}: {input}!", before)
     with refused(SettingsError, "expected max_input_tokens above .*; got 0"):
         cut("{input}", 0)
 
@@ -361,8 +365,14 @@ def test_a_long_chat_keeps_what_the_template_puts_last() -> None:
     x = frame(base, {"messages": messages}, Framing(chat=True, max_input_tokens=30))
     assert base.tokenizer.decode(x) == "<a>user\nassistant a<b>\n<a>assistant\n"
     assert len(x) == 30
-    with refused(SettingsError, "expected max_input_tokens above 13, the tokens after the last field; got 13"):
-        frame(base, {"messages": messages}, Framing(chat=True, max_input_tokens=13))
+    with refused(SettingsError, "expected max_input_tokens above 19, the tokens before and after the .*; got 19"):
+        frame(base, {"messages": messages}, Framing(chat=True, max_input_tokens=19))
+    earlier = [*TALK, {"role": "user", "content": "why" * 50}]
+    least = len(frame(base, {"messages": earlier}, Framing(chat=True))) - 150
+    x = frame(base, {"messages": earlier}, Framing(chat=True, max_input_tokens=least + 2))
+    assert base.tokenizer.decode(x).endswith("what is it?<b>\n<a>user\nwh<b>\n<a>assistant\n")
+    with refused(SettingsError, f"expected max_input_tokens above {least}, the tokens before and after"):
+        frame(base, {"messages": earlier}, Framing(chat=True, max_input_tokens=least))
 
 
 @pytest.mark.parametrize(
@@ -440,6 +450,11 @@ def test_long_texts_leave_no_remark(logged: list[logging.LogRecord]) -> None:
         ({"input": "a"}, "record 2: expected text in the column 'output'; got no such column"),
         ({"input": "a", "output": ""}, "record 2: expected a non-empty output; y is empty: drop the record or fill it"),
         ({"input": "a", "output": " \n\u2003"}, "record 2: expected a non-empty output"),
+        ({"input": "a", "output": "</s></s>"}, "record 2: expected a non-empty output; y is the end token alone"),
+        (
+            {"messages": [], "output": "b"},
+            "'input'.*columns: 'messages', 'output'.: rows of messages take --chat, or Framing",
+        ),
         ({"input": "a", "output": "\udfff"}, "record 2: expected Unicode text"),
         ({"input": "a", "output": "b" * CONTEXT}, "record 2: expected at most 131 positions"),
     ],

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,8 @@ from foreword.prefix import Card, Framing, Prefix
 from foreword.training import TrainSettings, train
 
 ALL = (*DECODER_ONLY, *ENCODER_DECODER)
-CONFIG: dict[str, dict[str, Any]] = {"gemma3": {"tie_word_embeddings": False}, "t5": {"num_decoder_layers": 2}}
-"""Tied, a random Gemma repeats itself; transformers' T5 generates only with as many encoder as decoder layers."""
+CONFIG: dict[str, dict[str, Any]] = {"gemma3": {"tie_word_embeddings": False}}
+"""Tied, a random Gemma repeats itself."""
 MORE_ENDS = list(range(0, 256, 9))
 """Tokens that end a text as well, so that random models end some of theirs."""
 INPUTS = ["a", "some longer input", "bcd", "x" * 29]
@@ -345,10 +346,13 @@ def test_records_and_texts_are_framed_as_in_training() -> None:
     by_hand = generate(base, ["<a>hello<b><c>"], chat, settings=settings, framing=Framing(template="{input}"))
     assert generate(base, ["hello"], chat, settings=settings) == by_hand
     assert generate(base, [{"messages": [{"role": "user", "content": "hello"}]}], chat, settings=settings) == by_hand
+    messages = {"messages": [{"role": "user", "content": "hello"}]}
+    bare = generate(base, ["<a>hello<b><c>"], settings=settings, framing=Framing(template="{input}"))
+    assert generate(base, [messages], settings=settings) == bare, "without a prefix, too"
     by_hand = generate(base, ["T: hello\n"], title, settings=settings, framing=Framing(template="{input}"))
     assert generate(base, [{"title": "T", "input": "hello"}], title, settings=settings) == by_hand
     assert generate(base, ["T: hello"], settings=settings) == [slowly(base, "T: hello", None, 5)]
-    with refused(DataError, r"input 2: expected text in the column 'title'; got no such column \(columns: input\)"):
+    with refused(DataError, r"input 2: expected text in the column 'title'; got no such column \(columns: 'input'\)"):
         generate(base, [{"title": "T", "input": "a"}, "b"], title)
 
 
@@ -366,6 +370,9 @@ def test_a_bfloat16_base_takes_a_float32_prefix() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "bart", "t5"])
 def test_beams_are_transformers_own(family: str) -> None:
     base = base_of(family)
+    if family == "t5":
+        # transformers' own T5 generates only with as many encoder as decoder layers
+        base = make_base(family, num_decoder_layers=2)
     for penalty in (1.0, -2.0):
         settings = GenerateSettings(max_new_tokens=6, num_beams=3, length_penalty=penalty)
         config = GenerationConfig(
@@ -780,6 +787,12 @@ def test_inputs_are_a_list_and_prefixes_are_one_or_as_many() -> None:
         generate(base, ["a", "b", "c"], [a, None])
     with refused(DataError, "the input: expected Unicode text; got a lone surrogate"):
         stream(base, "a\udcff", write=print)
+    with refused(SettingsError, "expected a Prefix; got str: see Prefix.load"):
+        generate(base, ["a", "b"], [a, "p.safetensors"])  # type: ignore[list-item]
+    with refused(SettingsError, "expected a Prefix; got PosixPath: see Prefix.load"):
+        stream(base, "a", Path("p.safetensors"), write=print)  # type: ignore[arg-type]
+    with refused(SettingsError, "expected a Prefix; got str: see Prefix.load"):
+        train(base, [{"input": "a", "output": "b"}], init_from="p.safetensors", framing=Framing())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -797,7 +810,8 @@ def test_inputs_are_a_list_and_prefixes_are_one_or_as_many() -> None:
         ({"num_beams": 2, "temperature": 0.5}, "beams and sampling exclude each other: set num_beams to 1, or temper"),
         ({"stop": "\n"}, r"expected a list of non-empty stop strings; got '\\n'"),
         ({"stop": ["a", ""]}, r"expected a list of non-empty stop strings; got \['a', ''\]"),
-        ({"length_penalty": float("nan")}, "expected a finite length_penalty; got nan"),
+        ({"length_penalty": 1000}, "expected length_penalty from -10 to 10; got 1000.0"),
+        ({"length_penalty": float("nan")}, "expected length_penalty from -10 to 10; got nan"),
         ({"max_new_tokens": 2.5}, "expected a whole number for max_new_tokens; got 2.5"),
         ({"temperature": "hot"}, "expected a number for temperature; got 'hot'"),
     ],
@@ -805,6 +819,22 @@ def test_inputs_are_a_list_and_prefixes_are_one_or_as_many() -> None:
 def test_settings_out_of_their_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with refused(SettingsError, message):
         GenerateSettings(**settings)
+
+
+@pytest.mark.parametrize("penalty", [-10, 10])
+def test_the_most_extreme_beams_are_numbers(penalty: float) -> None:
+    base = base_of("llama")
+    settings = GenerateSettings(num_beams=3, length_penalty=penalty, max_new_tokens=100)
+    assert len(generate(base, ["a"], settings=settings)) == 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_a_temperature_of_almost_nothing_is_that_of_nothing(family: str) -> None:
+    base = base_of(family)
+    greedy = generate(base, INPUTS, settings=GenerateSettings(max_new_tokens=9))
+    for temperature in (1e-6, 1e-45):
+        settings = GenerateSettings(max_new_tokens=9, temperature=temperature)
+        assert generate(base, INPUTS, settings=settings) == greedy
 
 
 def test_an_infix_generates_as_it_was_trained_beside_other_rows() -> None:

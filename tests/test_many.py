@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 import tracemalloc
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -198,6 +199,18 @@ def test_no_more_rows_than_asked_go_through_the_base_at_once(tmp_path: Path) -> 
     assert len(seen) < 2 * sum(SIZES.values()) * 2 / 3
 
 
+def test_long_rows_go_through_the_base_with_fewer_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, seen = fresh_base(dtype=torch.float64), []
+    monkeypatch.setattr(foreword.many, "TOKENS_AT_ONCE", 31)
+    base.model.transformer.wte.register_forward_hook(lambda m, i, o: seen.append(o.shape[:2].numel()))
+    rows = {**USERS, "long": [{"input": "x" * 40, "output": "y"}]}
+    prefixes, _ = many(base, user_file(tmp_path / "u.jsonl", rows), settings=DIRECT, slots=3)
+    assert len(prefixes.pop("long").sections) == 1
+    assert sorted(set(seen))[-1] > 40
+    assert sorted(set(seen))[-2] <= 31
+    assert_as_alone(prefixes, "gpt2", DIRECT)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_accumulation_clipping_decay_and_checkpointing_are_each_users_own(family: str, tmp_path: Path) -> None:
     settings = settings_of(
@@ -278,6 +291,49 @@ def test_reports_come_when_users_are_done(tmp_path: Path) -> None:
 
 
 # poisoned
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+@pytest.mark.parametrize("where", ["forward", "backward", "judging"])
+def test_rows_that_memory_has_no_room_for_stay_with_their_user(
+    family: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever shares the batch is run again without them; no gradient counts twice."""
+    real, calls = foreword.many.token_losses, []
+
+    def scarce(base: Base, attachment: Any, batch: Any) -> torch.Tensor:
+        losses = real(base, attachment, batch)
+        calls.append(len(batch.infix))
+        ids = batch.inputs["input_ids"]
+        if "zoe" in base.tokenizer.decode(ids.flatten()) and (where != "judging" or not losses.requires_grad):
+            if where == "backward":
+                losses.register_hook(lambda _: no_room())
+                return losses
+            no_room()
+        return losses
+
+    def no_room() -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(foreword.many, "token_losses", scarce)
+    users = {"ann": USERS["ann"], "zoe": rows_of_user("zoe", 4), "dee": USERS["dee"]}
+    dev = {**DEV, "zoe": rows_of_user("zoe", 2)} if where == "judging" else DEV
+    data, dev_data = user_file(tmp_path / "u.jsonl", users), user_file(tmp_path / "d.jsonl", dev)
+    judged = {"dev": dev_data} if where == "judging" else {}
+    base = cached_base(family, torch.float64)
+    prefixes, reports = many(base, data, settings=DIRECT, slots=3, rows_at_once=16, **judged)
+    assert set(prefixes) == {"ann", "dee"}
+    assert re.fullmatch(
+        r"a row of \d+ tokens: the memory does not suffice: drop or shorten it", str(reports["zoe"].error)
+    )
+    assert 1 in calls
+    assert_as_alone(prefixes, family, DIRECT, **({"dev": True} if where == "judging" else {}))
+    monkeypatch.setattr(foreword.many, "token_losses", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        many(base, data, settings=DIRECT)
+    monkeypatch.setattr(foreword.many, "token_losses", lambda *_: torch.zeros(3) @ torch.zeros(4))
+    with pytest.raises(RuntimeError, match="size"):
+        many(base, data, settings=DIRECT)
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[[torch.Tensor], object]) -> None:
@@ -616,8 +672,10 @@ def test_users_lines_may_stand_anywhere(tmp_path: Path) -> None:
 def test_columns_by_other_names(tmp_path: Path) -> None:
     path = tmp_path / "u.jsonl"
     path.write_text('{"who": "b", "q": "1", "a": "2", "input": "not this", "output": "nor this"}\n')
-    assert UserFile(path, "who", input="q", output="a").records("b") == [{"who": "b", "input": "1", "output": "2"}]
-    with pytest.raises(DataError, match="u.jsonl, record 1 of 'b': expected the column 'p'; got a, input"):
+    assert UserFile(path, "who", input="q", output="a").records("b") == [
+        {"who": "b", "q": "1", "a": "2", "input": "1", "output": "2"}
+    ]
+    with pytest.raises(DataError, match="u.jsonl, record 1 of 'b': expected the column 'p'; got 'a', 'input'"):
         UserFile(path, "who", input="p").records("b")
     with pytest.raises(SettingsError, match="expected two columns"):
         UserFile(path, "who", input="q", output="q")
@@ -633,7 +691,7 @@ def test_columns_by_other_names(tmp_path: Path) -> None:
         (b"[" * 100_000, "expected one JSON object a line"),
         (b'{"user": "\xff"}', "expected UTF-8; byte 10 \\(0xff\\) is not"),
         (b'{"input": "a"}', "expected a user's name in the column 'user'; got no such column"),
-        (b'{"user": 7}', "expected a user's name in the column 'user'; got 7"),
+        (b'{"user": 7}', "expected a user's name in the column 'user'; got 7: write it as text"),
         (b'{"user": null}', "expected a user's name in the column 'user'; got None"),
         (b'{"user": ""}', "expected a user's name in the column 'user'; got ''"),
         (b'{"user": ["a"]}', r"expected a user's name in the column 'user'; got \['a'\]"),
@@ -663,7 +721,7 @@ def test_nobodys_rows_get_into_anothers_prefix(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the file was changed while it was read: run this again"):
         data.records("ann")
     (tmp_path / "u.jsonl").write_text(text[:100])
-    with pytest.raises(DataError, match="expected one JSON object a line"):
+    with pytest.raises(DataError, match="the file was changed while it was read: run this again"):
         data.records("dee")
 
 

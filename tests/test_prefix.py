@@ -21,7 +21,7 @@ from tiny import random_prefix, tiny_model
 from foreword.attach import section_shapes
 from foreword.errors import ForewordError, PrefixFileError, SettingsError, WrongBaseError
 from foreword.prefix import FORMAT, Card, Framing, Layer, Prefix
-from foreword.writing import write_atomically
+from foreword.writing import remove_asides, write_atomically
 
 FULL_CARD = Card(
     base="some/base",
@@ -580,6 +580,26 @@ def test_a_write_that_fails_leaves_the_old_file(error: BaseException, tmp_path: 
         aside.write_text("newer")
     assert link.is_symlink()
     assert path.read_text() == "newer"
+    path.chmod(0o640)
+    with write_atomically(path) as aside:
+        aside.write_text("secret")
+    assert path.stat().st_mode & 0o777 == 0o640, "who may read it stays"
+
+
+def test_what_killed_writers_left_can_be_removed(tmp_path: Path) -> None:
+    stay = [".file.0123456789ab.part.safe", ".other.0123456789ab.part", ".filex.0123456789ab.part", "file"]
+    for name in (*stay, ".file.0123456789ab.part", ".file.ba9876543210.part"):
+        (tmp_path / name).touch()
+    remove_asides(tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
+    odd = tmp_path / ("[a]*" * 15)
+    odd.touch()
+    with write_atomically(odd) as aside:
+        aside.write_text("new")
+        aside.with_name(aside.name.replace(".part", "")[:-12] + "f" * 12 + ".part").touch()
+    assert len(list(tmp_path.iterdir())) == len(stay) + 2
+    remove_asides(odd)
+    assert len(list(tmp_path.iterdir())) == len(stay) + 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

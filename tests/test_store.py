@@ -750,6 +750,12 @@ def test_the_index_can_be_lost_or_damaged(url: str, store: Store, clock: Clock) 
         b"[]",
         b'{"at": 1}',
         b'{"at": 1, "versions": [["\\ud800", 1, "a", "b"]]}',
+        b'{"at": 1, "seen": [], "versions": [["bob", 1e999, "00000000", "%s"]]}' % (b"0" * 64),
+        b'{"at": 1, "seen": [], "versions": [["bob", 123456789012345678, "00000000", "%s"]]}' % (b"0" * 64),
+        b'{"at": 1, "seen": [], "versions": [[7, 1, "00000000", "%s"]]}' % (b"0" * 64),
+        b'{"at": 1, "seen": [], "versions": [["bob", 1, "00000000", ""]]}',
+        b'{"at": 1e999, "seen": [], "versions": []}',
+        b"[" * 100_000,
         b"\xff",
     ):
         store._files.filesystem.pipe_file(f"{top}/{index}", damage)
@@ -824,6 +830,9 @@ def test_verify_finds_a_missing_name(store: Store) -> None:
             path,
             "the name is missing or another's",
         )
+        # what the problem says to do
+        store.put("alice", bytes_of(1))
+        assert list(store.verify()) == []
 
 
 def test_old_announcements_go(url: str, store: Store, clock: Clock) -> None:

@@ -434,10 +434,13 @@ def test_killed_between_the_file_and_its_checkpoint(tmp_path: Path, monkeypatch:
     with pytest.raises(TrainingError, match="is of a run that did not end: give --resume"):
         train(cached_base(), ROWS, settings=settings_of(), out=out)
     steps: list[int] = []
+    # as a writer that was killed leaves them
+    for left in (".p.safetensors.0123456789ab.part", ".p.safetensors.checkpoint.0123456789ab.part"):
+        (tmp_path / left).touch()
     train(cached_base(), ROWS, settings=settings_of(), out=out, resume=True, on_step=lambda p: steps.append(p.step))
     assert not steps
     assert content(out) == expected
-    assert not checkpoint_of(out).exists()
+    assert list(tmp_path.iterdir()) == [out]
 
 
 @pytest.fixture(scope="module")
@@ -542,6 +545,21 @@ def test_the_file_is_the_prefix_that_comes_back(tmp_path: Path) -> None:
     prefix = train(cached_base(), ROWS, settings=settings_of(), out=out)
     assert content(out) == Prefix(prefix.sections, dataclasses.replace(prefix.card, created="")).to_bytes()
     assert Prefix.load(out).dtype == "bfloat16"
+
+
+def test_words_that_the_base_lacks_are_refused() -> None:
+    base = Base(tiny_model("gpt2"), tiny_tokenizer("gpt2"), "tiny")
+    base.tokenizer.add_tokens(["<zzz>"])
+    with pytest.raises(DataError, match="init_text: expected tokens that the base has; '<zzz>' was added"):
+        train(base, ROWS, settings=settings_of(init_text="the <zzz> text"))
+
+
+@pytest.mark.parametrize("way", ["direct", "mlp", "embedding"])
+def test_a_prefix_as_long_as_the_context_is_refused(way: Any) -> None:
+    settings = settings_of(length=CONTEXT, reparametrization=way, init="random")
+    with pytest.raises(TooLongError, match="expected a length below the base's context of 131; got 131"):
+        attach_trainable(cached_base(), settings=settings)
+    attach_trainable(cached_base("t5"), settings=settings_of(length=CONTEXT, init="random")).detach()
 
 
 def test_the_card_says_how_and_holds_no_text(tmp_path: Path) -> None:
@@ -890,14 +908,6 @@ def test_trackers_are_told_every_step() -> None:
         assert speed == told.tokens / told.seconds > 0
         development = {} if told.dev_loss is None else {"dev_loss": told.dev_loss}
         assert page == {"loss": told.loss, "lr": told.lr, **development}
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps one state for the process, and refuses another precision."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

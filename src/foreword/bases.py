@@ -172,6 +172,23 @@ class Base:
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def start_id(self) -> int:
+        """Id of the token with which an encoder-decoder base's decoder begins.
+
+        Raises:
+            BaseLoadError: neither configuration names it.
+        """
+        configs = (self.model.config, self.model.generation_config)
+        known = (getattr(config, "decoder_start_token_id", None) for config in configs)
+        start = next((token for token in known if token is not None), None)
+        if start is None:
+            raise BaseLoadError(
+                f"expected a base that says how its decoder begins; {self.name!r} does not: set decoder_start_token_id in its "
+                "config.json"
+            )
+        return int(start)
+
+    @property
     def pad_id(self) -> int:
         """What rows are filled with: the padding token, else the end token. Masks say what is padding."""
         pad = self.tokenizer.pad_token_id
@@ -281,11 +298,11 @@ def load_base(
         where, cure = str(path), "give a folder that save_pretrained wrote, whole, with its tokenizer"
         if not (path / "config.json").is_file():
             raise BaseLoadError(f"expected a model's folder; {name!r} has no config.json: {cure}")
-    elif os.path.isfile(path) and path.suffix == ".gguf":
+    elif os.path.isfile(path) and path.suffix.lower() == ".gguf":
         where, gguf, cure = str(path.parent), path.name, "is it a whole GGUF file? download it again"
     elif os.path.isfile(path):
         raise BaseLoadError(f"expected {_KINDS}; {name!r} is another kind of file")
-    elif path.suffix == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    elif path.suffix.lower() == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise BaseLoadError(f"no model at {name!r}: expected {_KINDS}")
     else:
         where, cure = name, f"check the name and the network, or give {_KINDS}"
@@ -352,7 +369,7 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(
             f"expected a device of this machine, such as cpu; got {str(device)!r} ({one_line(error)})"

@@ -30,14 +30,15 @@ __all__ = ["BUILT_IN", "BuiltIn", "cache_folder", "download", "progress_bar"]
 def cache_folder() -> Path:
     """Where fetched bases are kept: `FOREWORD_CACHE`, else `foreword` in the platform's cache folder."""
     if os.environ.get("FOREWORD_CACHE"):
-        return Path(os.environ["FOREWORD_CACHE"]).expanduser()
+        return Path(os.path.expanduser(os.environ["FOREWORD_CACHE"]))
     if sys.platform == "win32":
         cache = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         cache = "~/Library/Caches"
     else:
         cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "foreword"
+    # unlike pathlib's, it takes a user without a home
+    return Path(os.path.expanduser(cache)) / "foreword"
 
 
 def progress_bar(*, of_bytes: bool = False) -> Progress:

@@ -16,7 +16,7 @@ from rich.progress import TextColumn
 
 from foreword import cli_hub, cli_many, cli_serve, cli_tasks
 from foreword import terminal as t
-from foreword.errors import ForewordError, MissingExtraError, SettingsError
+from foreword.errors import ForewordError, MissingExtraError, SettingsError, one_line, out_of_memory
 from foreword.settings import GenerateSettings, TrainSettings
 from foreword.terminal import err, out, shown
 from foreword.version import __version__
@@ -56,8 +56,7 @@ def main() -> None:
     except UnicodeEncodeError as error:
         _end(f"expected Unicode text; got a lone surrogate, {error.object[error.start]!a}")
     except (MemoryError, RuntimeError) as error:
-        # torch has a kind of its own for a GPU, and none for a CPU
-        if not (type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "you tried to allocate" in str(error)):
+        if not out_of_memory(error):
             raise
         _end("the memory does not suffice: take smaller batches, fewer beams, or a shorter prefix or text")
 
@@ -99,7 +98,7 @@ def train(
     hidden: t.Hidden = TrainSettings.hidden,
     init: t.Init = TrainSettings.init,
     init_text: t.InitText = TrainSettings.init_text,
-    init_from: Annotated[Path | None, typer.Option(help="A saved prefix to go on from.")] = None,
+    init_from: Annotated[Path | None, typer.Option(help="A saved prefix to go on from; its length stays.")] = None,
     lr: t.LearningRate = TrainSettings.lr,
     epochs: t.Epochs = TrainSettings.epochs,
     batch_size: Annotated[
@@ -158,7 +157,12 @@ def train(
         raise SettingsError(f"expected a tracker of {', '.join(TRACKERS)}; got {log_with!r}")
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise MissingExtraError("trackers", log_with)
-    accelerator = Accelerator(log_with=log_with, project_dir=log_dir or out_file.parent, cpu=device == "cpu")
+    try:
+        accelerator = Accelerator(log_with=log_with, project_dir=log_dir or out_file.parent, cpu=t.on_cpu(device))
+    except ValueError as error:
+        # of what its environment variables and configuration file say
+        raise SettingsError(f"accelerate refuses its settings: {one_line(error)}") from None
+    t.check_processes(accelerator.num_processes)
     if log_with is not None:
         accelerator.init_trackers(
             "foreword",
@@ -247,7 +251,9 @@ def generate(
     top_p: Annotated[
         float, typer.Option(help="Sample among the most likely with this probability together.")
     ] = GenerateSettings.top_p,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given again.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this string, \\n for a line break; may be given again.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = GenerateSettings.seed,
     batch_size: Annotated[int, typer.Option(help="Rows through the base at once.")] = GenerateSettings.batch_size,
     raw: Annotated[bool, typer.Option("--raw", help="Give the base the text as it is, with no template.")] = False,
@@ -280,7 +286,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        stop=tuple(stop or ()),
+        stop=tuple(map(t.typed, stop or ())),
         seed=seed,
         batch_size=batch_size,
     )
@@ -356,6 +362,7 @@ def import_peft(
     base: t.BaseName,
     out_file: t.OutFile,
     template: Annotated[str | None, typer.Option(help="How x was framed in training; PEFT doesn't say.")] = None,
+    chat: t.Chat = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Make a prefix file of a PEFT prefix-tuning checkpoint."""
@@ -365,7 +372,7 @@ def import_peft(
     from foreword.interop import peft
 
     check_out(out_file, resume=None, overwrite=overwrite)
-    framing = t.framing_of(template, chat=False, max_input_tokens=None)
+    framing = t.framing_of(template, chat, max_input_tokens=None)
     fields_of(framing.template)
     prefix = peft.import_peft(folder, load_base(base, device="cpu"), framing=framing)
     prefix.save(out_file, t.file_dtype("float32"))

@@ -14,7 +14,7 @@ import typer
 from rich.progress import TextColumn
 
 from foreword import terminal as t
-from foreword.errors import SettingsError
+from foreword.errors import NoSuchPrefixError, SettingsError
 from foreword.settings import TrainSettings
 from foreword.terminal import err, out, shown
 from foreword.writing import check_apart, check_new, write_atomically, write_jsonl
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from foreword.store import Store, Version
 
 __all__ = ["store_app", "train_many"]
+
+LINE_SECONDS = 60
+"""Between two lines that say how far it is, where there is no bar."""
 
 SHOWN_FAILURES = 5
 """Failures that are printed as they come; the report has them all."""
@@ -79,14 +82,16 @@ def train_many(
 ) -> None:
     """Train a prefix for each of many users, on that user's rows alone, into a store.
 
-    Started again, it goes on: who is in the store from the same rows and settings is skipped. Under `accelerate launch`
-    the processes share the users.
+    Started again, it goes on: who is in the store from the same rows and settings is skipped. Processes share the users:
+    `torchrun --nproc_per_node 2 -m foreword train-many ...`, on GPUs `accelerate launch` too.
 
     Exits with 0 if everybody has a prefix, 1 if some users failed (the report says why), 2 if nothing could be done.
     """
     settings = t.settings_of(locals())
     file_dtype = t.file_dtype(save_dtype)
     report = report or _beside(out_store)
+    if (folder := _local(out_store)) is not None and report.resolve().is_relative_to(folder.resolve()):
+        raise SettingsError(f"expected a report outside the store; {report} is in it")
     check_apart(report, data, dev, init_from)
     # now, and not when all the work is done
     check_new(report, overwrite=True)
@@ -106,7 +111,8 @@ def train_many(
     framing = t.framing_of(template, chat, max_input_tokens, start)
     store = Store(out_store, create=True)
     # processes end at different times, and wait for each other
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
+    state = PartialState(cpu=t.on_cpu(device), timeout=timedelta(days=30))
+    t.check_processes(state.num_processes)
     if device is None and state.num_processes > 1:
         device = str(state.device)
     began = time.perf_counter()
@@ -143,15 +149,21 @@ def train_many(
             f"{shown(out_store)}: {summary}; {time.perf_counter() - began:.0f} s, {sum(speeds):,.0f} rows/s; "
             f"report in {shown(str(report))}"
         )
-        if any(one.error is not None for one in everybody):
-            raise typer.Exit(1)
+        failed = [one.error is not None for one in everybody]
+        if any(failed):
+            raise typer.Exit(2 if all(failed) else 1)
+
+
+def _local(store: str) -> Path | None:
+    """The store's folder, where it is one of this machine."""
+    store = store.removeprefix("file://")
+    return None if "://" in store else Path(os.path.expanduser(store))
 
 
 def _beside(store: str) -> Path:
-    store = store.removeprefix("file://")
-    if "://" in store:
+    folder = _local(store)
+    if folder is None:
         raise SettingsError(f"expected --report FILE, since the store {store} is no local folder")
-    folder = Path(os.path.expanduser(store))
     return Path(f"{folder if folder.name not in ('', '..') else folder.resolve()}.report.jsonl")
 
 
@@ -167,7 +179,9 @@ def _summary(reports: Sequence[UserReport]) -> str:
 
 
 class _Progress:
-    """What the bar shows. It measures rows trained on; a user who needs fewer makes it shorter."""
+    """What the bar shows, or, where there is no terminal, a line a minute. It measures rows trained on; a user who needs
+    fewer makes it shorter.
+    """
 
     def __init__(self, users: UserFile, epochs: int, process: int, processes: int):
         self.epochs = epochs
@@ -178,11 +192,13 @@ class _Progress:
             count=TextColumn(f"{{task.fields[users]}}/{len(own)} users"),
         )
         # of several processes one has the terminal, and shows its own share
+        self.lines = self.bar.disable and process == 0
         self.bar.disable |= process > 0
+        self.of = len(own)
         self.left = sum(map(users.rows, own)) * epochs
         self.passes, self.users, self.failed = 0, 0, 0
         self.task = self.bar.add_task("training", total=self.left, speed="–", failed=0, users=0)
-        self.began = time.perf_counter()
+        self.began = self.told = time.perf_counter()
 
     def step(self, rows: int) -> None:
         self.passes += rows
@@ -200,7 +216,12 @@ class _Progress:
         self._show()
 
     def _show(self) -> None:
-        speed = self.passes / (time.perf_counter() - self.began)
+        now = time.perf_counter()
+        speed = self.passes / (now - self.began)
+        if self.lines and now - self.told >= LINE_SECONDS:
+            self.told = now
+            left = timedelta(seconds=round(self.left / speed)) if speed else "–"
+            err.print(f"{self.users:,} of {self.of:,} users, {self.failed:,} failed, {speed:,.0f} rows/s, {left} left")
         self.bar.update(
             self.task,
             completed=self.passes,
@@ -268,10 +289,16 @@ def rm(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The prefixes' names.")],
 ) -> None:
     """Delete prefixes, all versions of each."""
-    opened = _open(store)
+    opened, missing = _open(store), []
     for name in names:
-        count = opened.delete(name)
-        out.print(f"{shown(name)}: {count} version{'' if count == 1 else 's'} deleted")
+        try:
+            count = opened.delete(name)
+        except NoSuchPrefixError as error:
+            missing.append(str(error))
+        else:
+            out.print(f"{shown(name)}: {count} version{'' if count == 1 else 's'} deleted")
+    if missing:
+        raise NoSuchPrefixError("; ".join(missing))
 
 
 @store_app.command()

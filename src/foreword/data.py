@@ -29,7 +29,7 @@ from foreword.reading import text_of
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["Batch", "Row", "batches", "check_records", "collate", "frame", "read_records", "rows_of"]
+__all__ = ["Batch", "Row", "batches", "check_records", "collate", "frame", "read_records", "rows_of", "tokenize"]
 
 Record = Mapping[str, Any]
 
@@ -75,7 +75,7 @@ def read_records(path: str | PathLike[str], *, input: str = "input", output: str
 
     Args:
         path: the file, UTF-8.
-        input, output: the columns that hold x and y. In what is returned they are called "input" and "output".
+        input, output: the columns that hold x and y. In what is returned they are called "input" and "output", too.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -107,7 +107,7 @@ def column_names(input: str, output: str) -> dict[str, str]:
 
 
 def renamed(record: Record, names: Mapping[str, str], where: str) -> dict[str, Any]:
-    """A record with its columns called as `column_names` says.
+    """A record with its columns called as `column_names` says, too: a template may name either.
 
     Raises:
         DataError: it lacks one of them.
@@ -116,11 +116,11 @@ def renamed(record: Record, names: Mapping[str, str], where: str) -> dict[str, A
         if name not in record:
             raise DataError(f"{where}: expected the column {name!r}; got {_columns(record)}")
     # a column that is asked for by name wins over one that merely is called so
-    return {names.get(key, key): value for key, value in record.items() if key in names or key not in names.values()}
+    return {**record, **{new: record[old] for old, new in names.items()}}
 
 
 def _columns(record: Record) -> str:
-    return one_line(", ".join(sorted(map(str, record))) or "none")
+    return one_line(", ".join(sorted(map(repr, record))) or "none")
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[dict[str, Any]]:
@@ -189,7 +189,7 @@ def frame(base: Base, record: Record, framing: Framing, where: str = "the record
 
     Raises:
         DataError: a column that the template names is missing, or holds something other than text or a number.
-        SettingsError: the template itself is longer than `max_input_tokens`.
+        SettingsError: what stands before and after the last field alone is longer than `max_input_tokens`.
     """
     if framing.chat:
         messages = _question(record, where)
@@ -197,18 +197,22 @@ def frame(base: Base, record: Record, framing: Framing, where: str = "the record
     else:
         parts = fields_of(framing.template)
         text = _filled(record, parts, where)
-    x = _tokenize(base, text, where, add_special_tokens=not framing.chat)
+    x = tokenize(base, text, where, add_special_tokens=not framing.chat)
     if not (framing.chat or base.is_encoder_decoder) and x and x[-1] == base.end_id:
         x = x if text.endswith(base.tokenizer.eos_token) else x[:-1]
     if framing.max_input_tokens is not None and len(x) > framing.max_input_tokens:
         if framing.chat:
             marked = _chat(base, [*messages[:-1], {**messages[-1], "content": _CONTENT}], where)
-            tail = marked.rpartition(_CONTENT)[2]
+            before, _, after = marked.rpartition(_CONTENT)
         else:
             last = max((i for i, (_, name) in enumerate(parts) if name is not None), default=-1)
-            tail = "".join(literal for literal, _ in parts[last + 1 :])
-        head = _tokenize(base, text.removesuffix(tail), where, add_special_tokens=not framing.chat)
-        x = _shorten(base, x, head, framing.max_input_tokens, where)
+            before = _filled(record, [*parts[:last], (parts[last][0], None)], where) if last >= 0 else ""
+            after = "".join(literal for literal, _ in parts[last + 1 :])
+        begin, upto = (
+            tokenize(base, head, where, add_special_tokens=not framing.chat)
+            for head in (before, text.removesuffix(after))
+        )
+        x = _shorten(base, x, begin, upto, framing.max_input_tokens, where)
     if not x:
         raise DataError(f"{where}: expected an input of at least one token; x is empty")
     return x
@@ -238,19 +242,29 @@ def _answer(record: Record, framing: Framing, where: str) -> str:
     return answer
 
 
-def _shorten(base: Base, x: list[int], head: list[int], limit: int, where: str) -> list[int]:
-    """Cut x to `limit` tokens at the end of its last field, where `head`, x without what follows that field, ends."""
-    if head and head[-1] == base.end_id:
-        head = head[:-1]
-    end = x[next((i for i, (a, b) in enumerate(zip(x, head, strict=False)) if a != b), min(len(x), len(head))) :]
-    if len(end) >= limit:
+def _shorten(base: Base, x: list[int], before: list[int], upto: list[int], limit: int, where: str) -> list[int]:
+    """Cut x to `limit` tokens at the end of its last field, which x is `before` without, and `upto` as far as its end."""
+
+    def shared(head: list[int]) -> int:
+        head = head[:-1] if head and head[-1] == base.end_id else head
+        return next((i for i, (a, b) in enumerate(zip(x, head, strict=False)) if a != b), min(len(x), len(head)))
+
+    end = x[shared(upto) :]
+    least = shared(before) + len(end)
+    if least >= limit:
         raise SettingsError(
-            f"{where}: expected max_input_tokens above {len(end)}, the tokens after the last field; got {limit}"
+            f"{where}: expected max_input_tokens above {least}, the tokens before and after the last field, which alone is "
+            f"cut; got {limit}"
         )
     return x[: limit - len(end)] + end
 
 
-def _tokenize(base: Base, text: str, where: str, **options: Any) -> list[int]:
+def tokenize(base: Base, text: str, where: str, **options: Any) -> list[int]:
+    """The token ids of a text; `options` are the tokenizer's.
+
+    Raises:
+        DataError: it is no Unicode text, or has tokens that the base lacks.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -279,7 +293,10 @@ def _text(record: Record, name: str, where: str) -> str:
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
         came = "no such column" if name not in record else type(value).__name__
-        raise DataError(f"{where}: expected text in the column {name!r}; got {came} (columns: {_columns(record)})")
+        hint = ": rows of messages take --chat, or Framing(chat=True)" if "messages" in record else ""
+        raise DataError(
+            f"{where}: expected text in the column {name!r}; got {came} (columns: {_columns(record)}){hint}"
+        )
     if not isinstance(value, str | numbers.Integral) and not math.isfinite(value):
         raise DataError(f"{where}: expected text or a finite number in the column {name!r}; got {value}")
     return str(value)
@@ -371,9 +388,11 @@ def rows_of(
 
 def _output(base: Base, text: str, limit: int | None, where: str) -> list[int]:
     # an encoder-decoder base's decoder begins as its tokenizer has it (BART's does with <s>)
-    y = _tokenize(base, text, where, add_special_tokens=base.is_encoder_decoder)
+    y = tokenize(base, text, where, add_special_tokens=base.is_encoder_decoder)
     while y and y[-1] == base.end_id:
         y = y[:-1]
+    if not set(y) - {base.tokenizer.bos_token_id}:
+        raise DataError(f"{where}: expected a non-empty output; y is the end token alone: drop the record or fill it")
     return [*y[:limit], base.end_id]
 
 
@@ -417,9 +436,8 @@ def collate(base: Base, rows: Sequence[Row]) -> Batch:
     """Rows as one right-padded batch on the base's device."""
     labels = torch.tensor([token for row in rows for token in row.y])
     if base.is_encoder_decoder:
-        start = base.model.config.decoder_start_token_id
         tokens, mask = pad([row.x for row in rows], base.pad_id)
-        seen, seen_mask = pad([[start, *row.y[:-1]] for row in rows], base.pad_id)
+        seen, seen_mask = pad([[base.start_id, *row.y[:-1]] for row in rows], base.pad_id)
         inputs = {
             "input_ids": tokens,
             "attention_mask": mask,

@@ -40,6 +40,11 @@ def one_line(what: object, most: int = 200) -> str:
     return " ".join(str(what).split())[:most] or type(what).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory does not suffice: torch has a kind of its own for a GPU, and none for a CPU."""
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "you tried to allocate" in str(error)
+
+
 class ForewordError(ValueError):
     """Something the user can mend; the message is one line."""
 

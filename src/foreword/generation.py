@@ -22,13 +22,14 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from foreword.attach import Stack, attach, check_free, lock_of
 from foreword.data import check_fits, frame, pad
 from foreword.errors import SettingsError
-from foreword.prefix import Framing, Prefix
+from foreword.prefix import Framing, Prefix, check_prefix
 from foreword.settings import GenerateSettings
 from foreword.text import TextSoFar
 
@@ -59,7 +60,8 @@ def generate(
         inputs: strings, or records with the columns that the framing names.
         prefixes: one for all rows, or one a row; None for the bare base. Rows with one prefix share it in memory.
         settings: see `GenerateSettings`.
-        framing: how x is made. Default: as in the training of the row's prefix; for rows without one, `Framing()`.
+        framing: how x is made. Default: as in the training of the row's prefix; for rows without one, `Framing()`, or the
+            base's chat template where they have messages.
         numbers: of the rows, for sampling and in errors: a row's text is the same whichever rows are beside it. Default: 0,
             1, 2, ... in the order of the inputs.
         on_texts: called with the texts of each batch, by the row's number, when it has ended.
@@ -86,7 +88,7 @@ def generate(
     if len(numbers) != len(inputs):
         raise SettingsError(f"expected a number for each of {len(inputs)} inputs; got {len(numbers)}")
     for prefix in {id(prefix): prefix for prefix in own if prefix is not None}.values():
-        prefix.check(base)
+        check_prefix(prefix, base)
     rows = [
         _frame(base, record, prefix, framing, f"input {n + 1}")
         for record, prefix, n in zip(inputs, own, numbers, strict=True)
@@ -129,7 +131,7 @@ def stream(
     if settings.num_beams > 1:
         raise SettingsError("a text from beams cannot be streamed: set num_beams to 1")
     if prefix is not None:
-        prefix.check(base)
+        check_prefix(prefix, base)
     x = _frame(base, input, prefix, framing, "the input")
     budget = _budget(base, x, prefix, settings, "the input")
     pieces = _Pieces(base, settings.stop, write)
@@ -139,8 +141,11 @@ def stream(
 
 
 def _frame(base: Base, record: Input, prefix: Prefix | None, framing: Framing | None, where: str) -> list[int]:
-    framing = framing or (Framing() if prefix is None else prefix.card.framing)
-    return frame(base, {"input": record} if isinstance(record, str) else record, framing, where)
+    record = {"input": record} if isinstance(record, str) else record
+    if framing is None:
+        chat = isinstance(record, Mapping) and "messages" in record
+        framing = Framing(chat=chat) if prefix is None else prefix.card.framing
+    return frame(base, record, framing, where)
 
 
 def _budget(base: Base, x: Sequence[int], prefix: Prefix | None, settings: GenerateSettings, where: str) -> int:
@@ -184,7 +189,10 @@ def _run(
             # x's last token stands after the infix, as in training
             before = [tokens.shape[1] - 1 if prefix is not None and prefix.infix else 0 for prefix in prefixes]
             context.infix = torch.tensor(before)
-    skip = 1 if base.is_encoder_decoder else tokens.shape[1]
+    skip, caches = tokens.shape[1], {}
+    if base.is_encoder_decoder:
+        # transformers' own would have as many layers as a T5's encoder, whatever its decoder has
+        skip, caches = 1, {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
     # transformers hands the head a slice of the hidden states, for which torch would copy the head's matrix once a row
     whole = model.get_output_embeddings().register_forward_pre_hook(lambda head, args: (args[0].contiguous(),))
     with context, whole, _only(base, _config(base, settings, budget)) as config:
@@ -195,6 +203,7 @@ def _run(
             logits_processor=sample_processors(base, settings, numbers),
             stopping_criteria=StoppingCriteriaList([_Stop(base, settings.stop, skip)] if settings.stop else []),
             streamer=streamer,
+            **caches,
         )
     ends = end_ids(base)
     return [list(takewhile(lambda token: token not in ends, row[skip:])) for row in output.tolist()]
@@ -238,7 +247,7 @@ def _config(base: Base, settings: GenerateSettings, budget: int) -> GenerationCo
         eos_token_id=sorted(end_ids(base)),
         pad_token_id=base.pad_id,
         bos_token_id=base.tokenizer.bos_token_id,
-        decoder_start_token_id=getattr(base.model.config, "decoder_start_token_id", None),
+        decoder_start_token_id=base.start_id if base.is_encoder_decoder else None,
     )
 
 
@@ -272,7 +281,8 @@ def sample_processors(base: Base, settings: GenerateSettings, numbers: Sequence[
     """
     if settings.temperature == 0:
         return LogitsProcessorList()
-    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(float(settings.temperature))]
+    # what is colder than that is as good as 0, and would make infinities of logits
+    processors: list[LogitsProcessor] = [TemperatureLogitsWarper(max(settings.temperature, 1e-5))]
     if settings.top_k:
         processors.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreword.data import Record, Row, batches, rows_of
+from foreword.data import Record, Row, batches, rows_of, tokenize
 from foreword.errors import SettingsError, TrainingError
-from foreword.prefix import Card, Framing, Prefix
+from foreword.prefix import Card, Framing, Prefix, check_prefix
 from foreword.reparam import TrainablePrefix, trainable_prefix
 from foreword.settings import TrainSettings
 from foreword.version import __version__
@@ -31,7 +31,7 @@ __all__ = [
     "Learner",
     "check_dev",
     "checkpointing",
-    "default_framing",
+    "framing_for",
     "init_name",
     "make_trainable",
     "share_at",
@@ -59,7 +59,7 @@ def make_trainable(
 def _start_tokens(base: Base, rows: Sequence[Row], settings: TrainSettings) -> tuple[list[int], list[int]] | None:
     """Token ids whose activations start the prefix: the given words, else the first rows, x and y."""
     if settings.init_text is not None:
-        words = base.tokenizer(settings.init_text, verbose=False)["input_ids"]
+        words = tokenize(base, settings.init_text, "init_text")
         return words, words
     if settings.init == "random" or not rows:
         return None
@@ -73,9 +73,12 @@ def _start_tokens(base: Base, rows: Sequence[Row], settings: TrainSettings) -> t
     return x, y
 
 
-def default_framing(init_from: Prefix | None) -> Framing:
-    """How x is framed where nobody says: as the prefix that is gone on from has learnt it."""
-    return Framing() if init_from is None else init_from.card.framing
+def framing_for(base: Base, framing: Framing | None, init_from: Prefix | None) -> Framing:
+    """How x is framed: as is said, else as the prefix that is gone on from, which must be the base's, has learnt it."""
+    if init_from is None:
+        return framing or Framing()
+    check_prefix(init_from, base)
+    return framing or init_from.card.framing
 
 
 def check_dev(settings: TrainSettings, dev: object | None) -> None:

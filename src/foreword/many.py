@@ -7,7 +7,8 @@ base side by side, in batches of about one length, each row with its own user's 
 
 No term has another user's parameters, so each user's gradient is their own, and so are the optimizer's state, the step
 count, the schedule, the clipping, the early stopping and the random stream: they are in one `Learner` a user. When a user
-is done, the next takes the slot. A user whose data cannot be used, or whose loss is no longer finite, fails alone.
+is done, the next takes the slot. A user whose data cannot be used, whose rows memory has no room for, or whose loss is no
+longer finite, fails alone.
 """
 
 from __future__ import annotations
@@ -26,8 +27,15 @@ from torch import nn
 
 from foreword.attach import Attachment, Stack, attach
 from foreword.data import Record, Row, collate, fields_of
-from foreword.errors import ForewordError, NoSuchPrefixError, PrefixFileError, SettingsError
-from foreword.learner import Learner, check_dev, checkpointing, default_framing, make_trainable
+from foreword.errors import (
+    DataError,
+    ForewordError,
+    NoSuchPrefixError,
+    PrefixFileError,
+    SettingsError,
+    out_of_memory,
+)
+from foreword.learner import Learner, check_dev, checkpointing, framing_for, make_trainable
 from foreword.loss import token_losses
 from foreword.prefix import Card, Framing, Prefix, check_dtype
 from foreword.reparam import TrainablePrefix, layers_of
@@ -40,6 +48,9 @@ if TYPE_CHECKING:
     from foreword.bases import Base
 
 __all__ = ["UserFile", "UserReport", "train_many"]
+
+TOKENS_AT_ONCE = 1 << 12
+"""Tokens, padding counted, beyond which fewer rows than `rows_at_once` go through the base together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +102,16 @@ class _Slots(nn.Module):
     def forward(self) -> Stack:
         return Stack({section: layers_of(matrix, self.shapes[section]) for section, matrix in self.seen.items()})
 
+    def gather(self, loss: torch.Tensor) -> None:
+        """Add a batch's gradients to those of P_θ: all of them or, where memory does not suffice, none."""
+        seen = list(self.seen.values())
+        for matrix, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
+            matrix.grad = gradient if matrix.grad is None else matrix.grad + gradient
+
     def backward(self) -> None:
         """Give the parameters the gradients that P_θ has gathered since `compute`."""
-        torch.autograd.backward(list(self.computed.values()), [matrix.grad for matrix in self.seen.values()])
+        gradients = [torch.zeros_like(matrix) if matrix.grad is None else matrix.grad for matrix in self.seen.values()]
+        torch.autograd.backward(list(self.computed.values()), gradients)
 
 
 @dataclass(eq=False)
@@ -233,7 +251,8 @@ def train_many(
         init_from: a shared prefix that every user starts from. It carries what it was trained on: off by default.
         slots: K, users that train at the same time. Each takes four times the memory of what learns (itself, its gradient,
             AdamW's two means): of smollm2-135m 100 MB with the MLP, and 2 MB without.
-        rows_at_once: rows that go through the base at once; it changes speed and memory, and no result.
+        rows_at_once: rows that go through the base at once, fewer where they are long; it changes speed and memory, and no
+            result.
         save_dtype: of what the store keeps.
         process, processes: this process's number, and how many share the users.
         on_step: called after each step with the number of rows in it.
@@ -246,7 +265,7 @@ def train_many(
         WrongBaseError: `init_from` is of another base.
     """
     settings = settings or TrainSettings()
-    framing = framing or default_framing(init_from)
+    framing = framing_for(base, framing, init_from)
     check_dtype(save_dtype)
     if min(slots, rows_at_once) < 1:
         raise SettingsError(f"expected at least one slot and one row at once; got {slots} and {rows_at_once}")
@@ -304,10 +323,12 @@ def _step(
     """Make a step of every user; a report for each whose last it was, or for whom it went wrong."""
     reports: list[UserReport | None] = [None] * len(active)
     modules.compute()
-    losses = _mean_losses(plan.base, attachment, dict(enumerate(rows)), rows_at_once, learn=True)
+    losses, errors = _mean_losses(plan.base, attachment, dict(enumerate(rows)), rows_at_once, modules)
     modules.backward()
     for place, slot in enumerate(active):
         try:
+            if place in errors:
+                raise errors[place]
             slot.learner.update(losses[place])
         except ForewordError as error:
             reports[place] = slot.failed(error)
@@ -319,8 +340,12 @@ def _step(
     if judged:
         with torch.no_grad():
             modules.compute()
-            for place, loss in _mean_losses(plan.base, attachment, judged, rows_at_once).items():
-                active[place].learner.judge(loss)
+            losses, errors = _mean_losses(plan.base, attachment, judged, rows_at_once)
+        for place in judged:
+            if place in errors:
+                reports[place] = active[place].failed(errors[place])
+            else:
+                active[place].learner.judge(losses[place])
     for place, slot in enumerate(active):
         if reports[place] is None and slot.learner.done:
             try:
@@ -331,9 +356,13 @@ def _step(
 
 
 def _mean_losses(
-    base: Base, attachment: Attachment, rows: Mapping[int, Sequence[Row]], rows_at_once: int, *, learn: bool = False
-) -> dict[int, float]:
-    """Each slot's mean loss over its y tokens, by place; to learn, run backward too.
+    base: Base,
+    attachment: Attachment,
+    rows: Mapping[int, Sequence[Row]],
+    rows_at_once: int,
+    learning: _Slots | None = None,
+) -> tuple[dict[int, float], dict[int, DataError]]:
+    """Each slot's mean loss over its y tokens, by place, and whose rows memory has no room for; `learning` gets gradients.
 
     Rows are put together by length, whoever they are of: a row's loss depends on its own prefix alone.
     """
@@ -341,18 +370,43 @@ def _mean_losses(
     for place, own in rows.items():
         counts[place] = sum(len(row.y) for row in own)
     sums = torch.zeros_like(counts)
+    errors: dict[int, DataError] = {}
     flat = sorted(((row, place) for place, own in rows.items() for row in own), key=lambda pair: len(pair[0]))
-    for start in range(0, len(flat), rows_at_once):
-        chosen = flat[start : start + rows_at_once]
+    waiting = _batches(flat, rows_at_once)
+    while waiting:
+        chosen = waiting.pop()
         attachment.rows = torch.tensor([place for _, place in chosen])
         owner = torch.tensor([place for row, place in chosen for _ in row.y])
-        losses = token_losses(base, attachment, collate(base, [row for row, _ in chosen]))
-        if learn:
-            # a row that is not a number stays out of the sum, and so out of the others' gradients
-            finite = torch.isfinite(losses.detach())
-            weights = (1 / counts[owner]).to(losses.device, losses.dtype)
-            (torch.where(finite, losses, 0.0) * weights).sum().backward()
+        try:
+            losses = token_losses(base, attachment, collate(base, [row for row, _ in chosen]))
+            if learning is not None:
+                # a row that is not a number stays out of the sum, and so out of the others' gradients
+                finite = torch.isfinite(losses.detach())
+                weights = (1 / counts[owner]).to(losses.device, losses.dtype)
+                learning.gather((torch.where(finite, losses, 0.0) * weights).sum())
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            half = len(chosen) // 2
+            if half:
+                waiting += [chosen[half:], chosen[:half]]
+            else:
+                ((row, place),) = chosen
+                errors[place] = DataError(
+                    f"a row of {len(row)} tokens: the memory does not suffice: drop or shorten it"
+                )
+            continue
         sums.index_add_(0, owner, losses.detach().cpu().double())
     attachment.rows = None
     means = (sums / counts).tolist()
-    return {place: means[place] for place in rows}
+    return {place: means[place] for place in rows}, errors
+
+
+def _batches(rows: Sequence[tuple[Row, int]], rows_at_once: int) -> list[list[tuple[Row, int]]]:
+    """Rows, the shortest first, in batches of no more than so many rows, nor of more than TOKENS_AT_ONCE tokens with padding."""
+    made: list[list[tuple[Row, int]]] = []
+    for one in rows:
+        if not made or len(made[-1]) == rows_at_once or (len(made[-1]) + 1) * len(one[0]) > TOKENS_AT_ONCE:
+            made.append([])
+        made[-1].append(one)
+    return made

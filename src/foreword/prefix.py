@@ -57,8 +57,8 @@ class Framing:
     Args:
         template: a format string over the record's fields. Default: the input and a line break.
         chat: frame `messages` by the base's own chat template instead; `template` is not used then.
-        max_input_tokens: a longer x loses tokens at the end of its last field. Default: no limit, and an x that does
-            not fit the base is an error.
+        max_input_tokens: a longer x loses tokens at the end of its last field, or of its last message; one that would lose
+            more is an error. Default: no limit, and an x that does not fit the base is an error.
     """
 
     template: str = "{input}\n"
@@ -99,7 +99,8 @@ class Card:
             version = raw.pop("format")
             if version == FORMAT:
                 card = cls(**{**raw, "framing": Framing(**raw["framing"])})
-                card.to_json().encode()  # half a surrogate pair can be read, but neither printed nor written
+                # NaN and half a surrogate pair can be read, but not printed or written for everybody to read
+                json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise PrefixFileError(
                 f"the card in the file's header cannot be read ({one_line(error)}): the file was not written by this "
@@ -348,6 +349,13 @@ class Prefix:
                 + one_line(", ".join(odd))
             )
         return names
+
+
+def check_prefix(prefix: object, base: Base) -> None:
+    """Raise `SettingsError` where something, such as a file's name, is no prefix; `WrongBaseError` as `Prefix.check`."""
+    if not isinstance(prefix, Prefix):
+        raise SettingsError(f"expected a Prefix; got {type(prefix).__name__}: see Prefix.load")
+    prefix.check(base)
 
 
 def check_dtype(dtype: torch.dtype) -> None:

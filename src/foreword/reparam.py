@@ -188,7 +188,6 @@ class EmbeddingPrefix(TrainablePrefix):
                 "embedding-only virtual tokens need a decoder-only base; use the reparametrization 'direct' or 'mlp'"
             )
         super().__init__(base.shapes, length)
-        _check_length(base, length)
         size = len(base.embeddings)
         ids = range(0, size, max(1, size // 4096)) if start is None else _repeated(start, length)
         with torch.no_grad():
@@ -204,13 +203,6 @@ class EmbeddingPrefix(TrainablePrefix):
             model.base_model(inputs_embeds=self.embeddings[None].to(model.dtype), use_cache=False)
         layers = seen["decoder"]
         return {"decoder": matrix_of([(layers[i][0][0], layers[i][1][0]) for i in range(len(layers))])}
-
-
-def _check_length(base: Base, length: int) -> None:
-    if base.context is not None and length >= base.context:
-        raise TooLongError(
-            f"expected a length below the base's context of {base.context}; got {length}: take a shorter prefix"
-        )
 
 
 def _repeated(ids: Sequence[int], length: int) -> list[int]:
@@ -234,7 +226,6 @@ def activations(base: Base, x: Sequence[int], y: Sequence[int], length: int) -> 
     Raises:
         TooLongError: P tokens exceed the base's context.
     """
-    _check_length(base, length)
     inputs = {"input_ids": torch.tensor([_repeated(x, length)], device=base.device)}
     if base.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.tensor([_repeated(y or x, length)], device=base.device)
@@ -268,8 +259,13 @@ def trainable_prefix(
 
     Raises:
         SettingsError: settings that exclude each other.
+        TooLongError: the base's context has no place for as many virtual tokens.
         WrongBaseError: the prefix to start from is another base's.
     """
+    if not isinstance(start, Prefix) and base.context is not None and length >= base.context:
+        raise TooLongError(
+            f"expected a length below the base's context of {base.context}; got {length}: take a shorter prefix"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the other devices' too
         if reparametrization == "embedding":

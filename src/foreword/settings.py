@@ -125,7 +125,7 @@ class GenerateSettings:
     Args:
         max_new_tokens: most tokens of y, its end token included; fewer where the base's context ends first.
         num_beams: beams; 1 for none. The paper's table-to-text figures take 5.
-        length_penalty: exponent to a beam's length; above 0 favours long ones.
+        length_penalty: exponent to a beam's length, from -10 to 10; above 0 favours long ones.
         temperature: 0 for the most likely token, above 0 to sample.
         top_k: sample among this many most likely tokens; 0 for all.
         top_p: sample among the fewest most likely tokens that have this much probability together.
@@ -154,8 +154,8 @@ class GenerateSettings:
             raise SettingsError(
                 f"expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got {self.temperature}, {self.top_p}, {self.top_k}"
             )
-        if not math.isfinite(self.length_penalty):
-            raise SettingsError(f"expected a finite length_penalty; got {self.length_penalty}")
+        if not abs(self.length_penalty) <= 10:
+            raise SettingsError(f"expected length_penalty from -10 to 10; got {self.length_penalty}")
         if self.num_beams > 1 and self.temperature > 0:
             raise SettingsError("beams and sampling exclude each other: set num_beams to 1, or temperature to 0")
         if isinstance(self.stop, str) or not all(self.stop):

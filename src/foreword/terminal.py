@@ -96,9 +96,9 @@ def framing_of(
     )
 
 
-def typed(template: str) -> str:
-    """A template as it is typed: the shell gives no line breaks and tabs."""
-    return template.replace("\\n", "\n").replace("\\t", "\t")
+def typed(text: str) -> str:
+    """What a template or a stop string means as it is typed: the shell gives no line breaks and tabs."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def file_dtype(name: str) -> torch.dtype:
@@ -107,6 +107,20 @@ def file_dtype(name: str) -> torch.dtype:
     if name not in ("bfloat16", "float32"):
         raise SettingsError(f"expected bfloat16 or float32 for the file; got {name!r}")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def on_cpu(device: str | None) -> bool:
+    """Whether accelerate is to take the CPU: where there is no GPU it must be told, or sees no other process."""
+    import torch
+
+    return device == "cpu" or (device is None and not torch.cuda.is_available())
+
+
+def check_processes(count: int) -> None:
+    """Raise `SettingsError` where fewer processes know of each other than a launcher started: each would do all the work."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if count < started:
+        raise SettingsError(f"the launcher started {started} processes, and this one sees {count}: name --device")
 
 
 @contextmanager

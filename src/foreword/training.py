@@ -31,13 +31,13 @@ from foreword.attention import NAME
 from foreword.checkpoint import check_out, checkpoint_of, read_checkpoint, write_checkpoint
 from foreword.data import Record, collate
 from foreword.errors import SettingsError
-from foreword.learner import Learner, checkpointing, default_framing, init_name, make_trainable
+from foreword.learner import Learner, checkpointing, framing_for, init_name, make_trainable
 from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix, check_dtype
 from foreword.settings import TrainSettings
 from foreword.version import __version__
-from foreword.writing import write_atomically
+from foreword.writing import remove_asides, write_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -128,7 +128,7 @@ def train(
         TrainingError: the loss is not finite, or the checkpoint beside `out` belongs to another run.
     """
     settings = settings or TrainSettings()
-    framing = framing or default_framing(init_from)
+    framing = framing_for(base, framing, init_from)
     if accelerator is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise SettingsError(
             "expected an accelerator in one of several processes: give accelerator=accelerate.Accelerator()"
@@ -212,6 +212,8 @@ def train(
     if out is not None and checkpoint is not None and accelerator.is_main_process:
         prefix.save(out, save_dtype)
         checkpoint.unlink(missing_ok=True)
+        for written in (out, checkpoint):
+            remove_asides(written)
     return prefix
 
 
@@ -304,7 +306,7 @@ def attach_trainable(
         the attachment; `detach()` it, or leave the `with` block, when done.
     """
     settings = settings or TrainSettings()
-    framing = framing or default_framing(init_from)
+    framing = framing_for(base, framing, init_from)
     trainable = make_trainable(base, (), settings, init_from)
 
     def save(folder: str | os.PathLike[str]) -> None:

@@ -56,6 +56,7 @@ class UserFile:
         user = record.get(self.by)
         if not isinstance(user, str) or not user:
             came = "no such column" if self.by not in record else ascii(user)[:80]
+            came += ": write it as text" if isinstance(user, int) else ""
             raise DataError(f"{where}: expected a user's name in the column {self.by!r}; got {came}")
         return unicodedata.normalize("NFC", user)
 
@@ -82,9 +83,13 @@ class UserFile:
             for number, place in enumerate(self._places.get(user, ()), 1):
                 file.seek(place)
                 where = f"{self.path}, record {number} of {user!a}"
-                record = record_of(text_of(file.readline(), where), where)
-                # nobody's rows may get into another's prefix
-                if self._user_of(record, where) != user:
+                # it was read before; and nobody's rows may get into another's prefix
+                try:
+                    record = record_of(text_of(file.readline(), where), where)
+                    changed = self._user_of(record, where) != user
+                except DataError:
+                    changed = True
+                if changed:
                     raise DataError(f"{self.path}: the file was changed while it was read: run this again")
                 records.append(renamed(record, self._names, where))
         return records

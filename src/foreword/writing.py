@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import Any
 
 from foreword.errors import SettingsError
 
-__all__ = ["check_apart", "check_file", "check_new", "write_atomically", "write_jsonl"]
+__all__ = ["check_apart", "check_file", "check_new", "remove_asides", "write_atomically", "write_jsonl"]
 
 
 def check_file(path: str | os.PathLike[str]) -> None:
@@ -62,16 +64,29 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     check_file(path)
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(6)}.part")
+    aside = path.with_name(f"{_aside(path)}{secrets.token_hex(6)}.part")
     aside.touch(exist_ok=False)
     try:
         yield aside
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, aside)
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def _aside(path: Path) -> str:
+    return f".{path.name[:40]}."
+
+
+def remove_asides(path: str | os.PathLike[str]) -> None:
+    """Remove what writers of `path` that were killed have left; for a file that nobody else writes at the time."""
+    path = Path(os.path.realpath(path))
+    for left in path.parent.glob(f"{glob.escape(_aside(path))}{'?' * 12}.part"):
+        left.unlink(missing_ok=True)
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:

@@ -60,7 +60,7 @@ class Prefill:
             self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
             # the encoder's own positions count from the left
             self.x = pad([row.x for row in rows], base.pad_id)
-            given = [[base.model.config.decoder_start_token_id, *row.y] for row in rows]
+            given = [[base.start_id, *row.y] for row in rows]
         self.lengths = [len(tokens) for tokens in given]
         self.tokens, self.mask = pad(given, base.pad_id, left=True)
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)

@@ -256,11 +256,12 @@ class Index:
                 # made by a clock that ran ahead: it would hide what was announced since
                 continue
             # a rebuild may have removed it meanwhile; a damaged one is as good as none
-            with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            with suppress(
+                FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+            ):
                 raw = json.loads(self._files.read(f"index/{file}"))
-                versions = (Version(name=n, stamp=t, id=i, sha256=h) for n, t, i, h in raw["versions"])
                 token = Token(time=int(raw["at"]), seen=frozenset(raw["seen"]))
-                return token, {hash_of(version.name): version for version in versions}
+                return token, {hash_of(name): Mark(*mark).checked.of(name) for name, *mark in raw["versions"]}
         return None
 
     def changes(self, since: Token | None) -> Changes:

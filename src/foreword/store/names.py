@@ -88,6 +88,13 @@ class Mark(NamedTuple):
         return Version(name=name, **self._asdict())
 
     @property
+    def checked(self) -> Mark:
+        """Itself. Raises `ValueError` where it is no version's that `file` could name."""
+        if type(self.stamp) is not int or not self.sha256 or not _MARK.fullmatch(self.file):
+            raise ValueError(f"no version's mark: {self}")
+        return self
+
+    @property
     def file(self) -> str:
         # sixteen digits, so that they sort as text
         return f"{self.stamp:016d}-{self.id}-" + (f"{self.sha256}.safetensors" if self.sha256 else "deleted")

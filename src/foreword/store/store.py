@@ -73,7 +73,7 @@ class Store:
                 ) from None
             layout = LAYOUT
             self._files.write(SIGN, json.dumps({"layout": LAYOUT}).encode())
-        except (NotADirectoryError, ValueError, KeyError, TypeError):
+        except (NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
             raise StoreError(f"expected a store at {self.url}; it is something else: name another folder") from None
         if layout != LAYOUT:
             raise StoreError(
@@ -119,7 +119,8 @@ class Store:
             mark = self._next(folder, sha256)
             announced = self._index.announce(key, mark)
             try:
-                if not folder.named:
+                # also where it is damaged, which `verify` sees
+                if not folder.named or self._index.name(key) is None:
                     self._write_name(key, name)
                 self._files.write(f"{home(key)}/{mark.file}", data)
             except FileNotFoundError:
