@@ -78,7 +78,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, b"")
 
     def do_GET(self) -> None:
-        self._resolve()
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", urlsplit(self.path).path):
+            self._read()
+            (repo,) = found.groups()
+            if repo not in self.server.repos:
+                return self._error(404, "Repository not found", "RepoNotFound")
+            return self._json({"id": repo, "private": self.server.private[repo], "siblings": []})
+        return self._resolve()
 
     def do_HEAD(self) -> None:
         self._resolve()

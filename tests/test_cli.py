@@ -759,9 +759,7 @@ def test_killed_and_resumed(run: Run, base: Path, data: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_accumulation(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
-    arguments = (
-        f"train --base {base} --data {data} --batch-size 2 --dtype float32 --save-dtype float32".split()
-    )
+    arguments = f"train --base {base} --data {data} --batch-size 2 --dtype float32 --save-dtype float32".split()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "foreword"]
     done = subprocess.run(
         [sys.executable, *launcher, *arguments, "--out", "two"], cwd=tmp_path, capture_output=True, text=True

@@ -463,6 +463,16 @@ def test_a_java_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
         coco.meteor([["a"]], ["a"], np.ones((1, 1)))
 
 
+def test_a_java_that_is_no_program_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "java").write_bytes(b"\x7fELF of another machine")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = score(*corpus(7)[:2], "BLEU,METEOR,CIDEr")
+    assert list(found.figures) == ["BLEU"]
+    assert "Exec format error" in found.missing["METEOR"]
+    assert "Exec format error" in found.missing["CIDEr"]
+
+
 def test_a_tokenizer_that_loses_a_line_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", stand_in(tmp_path, "echo one"))
     with pytest.raises(DataError, match="the PTB tokenizer gave 2 lines for 3 texts"):

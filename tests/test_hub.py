@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,7 +131,12 @@ def test_only_a_base_of_the_hub_is_in_the_metadata(base: str, named: str | None)
     card = ModelCard(model_card(told(base), name="voice"))
     assert card.data.base_model == named
     assert card.data.eval_results is None
-    assert f"`{base}`" in card.text
+    # where it lies on somebody's machine is not told
+    shown = base if named else base.rpartition("/")[2]
+    assert f"language model `{shown}`" in card.text
+    assert f"| base | `{shown}` |" in card.text
+    assert f"--base {shown} --prefix" in card.text
+    assert named or base not in str(card)
     assert "not said; the base and the data have their own" in card.text
 
 
@@ -215,6 +221,19 @@ def test_a_private_repository(hub: FakeHub, tmp_path: Path) -> None:
     with pytest.raises(HubError, match=r"cannot pull prefix.safetensors from somebody/voice \(RepositoryNotFoundError"):
         pull("somebody/voice", tmp_path / "got.safetensors", endpoint=hub.url)
     pull("somebody/voice", tmp_path / "got.safetensors", endpoint=hub.url, token=TOKEN)
+    commits = len(hub.repos["somebody/voice"])
+    push(path, "voice", private=True, endpoint=hub.url, token=TOKEN)
+    hub.private["somebody/voice"] = False
+    with pytest.raises(SettingsError, match="somebody/voice is there already and public: make it private on the hub"):
+        push(path, "voice", private=True, endpoint=hub.url, token=TOKEN)
+    assert len(hub.repos["somebody/voice"]) == commits + 1
+    push(path, "voice", endpoint=hub.url, token=TOKEN)
+
+
+def test_a_card_of_a_prefix_that_does_not_say_how_it_started() -> None:
+    prefix = told()
+    bare = Prefix(prefix.sections, dataclasses.replace(prefix.card, init=""))
+    assert "| started from | not said |" in model_card(bare, name="voice")
 
 
 def test_what_is_no_prefix_is_not_written(hub: FakeHub, tmp_path: Path) -> None:

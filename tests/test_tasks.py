@@ -209,6 +209,12 @@ def test_darts_xml_gives_what_its_json_gives(tmp_path: Path) -> None:
     assert read("dart", tmp_path) == from_json
 
 
+def test_prepared_rows_that_say_null_for_an_id_are_of_one_input_alone(tmp_path: Path) -> None:
+    rows = [{"input": text, "output": "y", "id": None} for text in ("a", "b", "a")]
+    examples, _ = read("e2e", write(tmp_path / "p.jsonl", rows))
+    assert [(one.input, one.references, one.id) for one in examples] == [("a", ("y", "y"), "p:1"), ("b", ("y",), "p:2")]
+
+
 # summarization
 
 
@@ -217,7 +223,7 @@ def test_summaries_are_read_by_either_data_sets_columns(tmp_path: Path, columns:
     source, target = columns
     rows = [
         {source: "Long.\nText.", target: "Short.\nTwo lines.", "id": 7, "category": "sport", "extra": None},
-        {source: "Long.\nText.", target: "Other."},
+        {source: "Long.\nText.", target: "Other.", "id": None},
         {source: " ", target: "Nothing to sum up."},
     ]
     examples, report = read("summarization", write(tmp_path / "s.jsonl", rows))
@@ -526,6 +532,8 @@ def test_the_source_is_never_written_over(tmp_path: Path) -> None:
             SettingsError, match=r"expected another file to write to than .*a\.csv, which would be lost"
         ):
             prepare("e2e", folder_or_file, source)
+    with pytest.raises(SettingsError, match=r"expected a name that ends in .jsonl, .*; got .*rows\.tsv"):
+        prepare("e2e", source, tmp_path / "rows.tsv")
     assert source.read_text() == CSV
     prepare("e2e", tmp_path, write(tmp_path / "a.jsonl", "not among what is read"))
 

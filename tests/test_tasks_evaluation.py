@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -70,6 +71,10 @@ def test_outputs_that_were_sorted_since(tmp_path: Path) -> None:
     (tmp_path / "o.jsonl").write_text("".join(lines[::-1]), "utf-8")
     assert outputs_of(never, prefix, EXAMPLES, SETTINGS, tmp_path / "o.jsonl") == expected
     assert len(set(expected)) > 1
+    # nor is it another evaluation where the data has another name, which ids hold
+    renamed = [dataclasses.replace(one, id=f"v2:{i}") for i, one in enumerate(EXAMPLES)]
+    assert outputs_of(never, prefix, renamed, SETTINGS, tmp_path / "o.jsonl") == expected
+    assert (tmp_path / "o.jsonl").read_text("utf-8") == "".join(lines[::-1])
 
 
 @pytest.mark.parametrize("torn", [0, 7, 20, 40])

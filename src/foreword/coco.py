@@ -13,7 +13,8 @@ import importlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import IO
@@ -54,17 +55,10 @@ def tokenize(texts: Sequence[str]) -> list[str]:
         UnavailableError: Java is missing or fails.
     """
     package = _pycocoevalcap("tokenizer.ptbtokenizer")
-    run = subprocess.run(
-        [
-            *_java("-cp", _beside(package, package.STANFORD_CORENLP_3_4_1_JAR)),
-            "edu.stanford.nlp.process.PTBTokenizer",
-            "-preserveLines",
-            "-lowerCase",
-        ],
-        input="\n".join(texts),
-        capture_output=True,
-        encoding="utf-8",
-    )
+    command = _java("-cp", _beside(package, package.STANFORD_CORENLP_3_4_1_JAR))
+    command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    with _starting("the PTB tokenizer"):
+        run = subprocess.run(command, input="\n".join(texts), capture_output=True, encoding="utf-8")
     if run.returncode:
         raise UnavailableError(_failed("the PTB tokenizer", run.stderr))
     lines = run.stdout.split("\n")
@@ -179,6 +173,15 @@ def _failed(program: str, log: str) -> str:
     return f"{program} stopped: {first} (it needs Java 8 or later, and METEOR 2 GB of memory)"
 
 
+@contextmanager
+def _starting(program: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # a `java` that is none, or no memory for a process
+        raise UnavailableError(_failed(program, str(error))) from None
+
+
 class _Meteor:
     """The METEOR program, answering lines of `COMMAND ||| field ||| field`."""
 
@@ -186,13 +189,14 @@ class _Meteor:
         package = _pycocoevalcap("meteor.meteor")
         command = _java("-Xmx2G", "-jar", _beside(package, package.METEOR_JAR))
         self.log: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        self.process = subprocess.Popen(
-            [*command, "-", "-", "-stdio", "-l", "en", "-norm"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            encoding="utf-8",
-        )
+        with _starting("METEOR"):
+            self.process = subprocess.Popen(
+                [*command, "-", "-", "-stdio", "-l", "en", "-norm"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                encoding="utf-8",
+            )
         return self
 
     def ask(self, fields: Sequence[str], answers: int) -> list[str]:

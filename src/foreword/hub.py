@@ -82,7 +82,7 @@ def model_card(
     parts = [
         f"# {name}",
         "A prefix, trained with [prefix-tuning](https://arxiv.org/abs/2101.00190) (Li & Liang 2021): keys and values that "
-        f"stand before the input of the frozen language model {_code(prefix.card.base)}, in every attention layer. It is of "
+        f"stand before the input of the frozen language model {_code(_base_name(prefix.card.base))}, in every attention layer. It is of "
         "no use without that model.",
         _table(("", ""), _facts(prefix, licence, data)),
         _use(prefix.card),
@@ -99,12 +99,12 @@ def _facts(prefix: Prefix, licence: str | None, data: Sequence[str]) -> list[tup
     card = prefix.card
     sections = ", ".join(f"{section}: {len(layers)} layers" for section, layers in prefix.sections.items())
     return [
-        ("base", _code(card.base)),
+        ("base", _code(_base_name(card.base))),
         ("the base's fingerprint", _code(card.fingerprint)),
         ("virtual tokens", str(prefix.length)),
         ("sections", sections),
         ("parameters", f"{prefix.num_parameters:,}"),
-        ("started from", _code(card.init)),
+        ("started from", _code(card.init) if card.init else "not said"),
         ("trained on", ", ".join(map(_code, data)) or "not said"),
         ("licence", _code(licence) if licence else "not said; the base and the data have their own"),
         ("made", card.created),
@@ -117,7 +117,7 @@ def _use(card: Card) -> str:
     return (
         "## Use\n\n```console\n"
         f"$ foreword pull REPOSITORY --out {FILE_NAME}\n"
-        f'$ foreword generate --base {card.base} --prefix {FILE_NAME} "INPUT"\n'
+        f'$ foreword generate --base {_base_name(card.base)} --prefix {FILE_NAME} "INPUT"\n'
         f"```\n\nInputs are framed {framed}, which the file says too."
     )
 
@@ -174,6 +174,11 @@ def _hub_id(base: str) -> str | None:
     return base if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists() else None
 
 
+def _base_name(base: str) -> str:
+    """As of data, where a folder or a file lies here is left away."""
+    return base if base in BUILT_IN or _hub_id(base) else Path(base).name
+
+
 def _code(value: object) -> str:
     return "`" + str(value).replace("`", "'").replace("\n", r"\n") + "`"
 
@@ -199,7 +204,7 @@ def push(
         path: the prefix file; it is read and checked first.
         repository: `NAME` or `OWNER/NAME`; made where there is none.
         card: README.md's content. Default: one that says what the file says, where the repository has none yet.
-        private: whether a repository that is made is seen by its owner alone.
+        private: whether a repository that is made is seen by its owner alone; one that is there must be so already.
         endpoint: address of the hub. Default: huggingface_hub's own, or `HF_ENDPOINT`.
         token: Default: the one of `hf auth login`, or `HF_TOKEN`.
 
@@ -208,6 +213,7 @@ def push(
 
     Raises:
         PrefixFileError: the file is no prefix. HubError: the hub cannot be reached or refuses.
+        SettingsError: the repository's name cannot be one, or it is public and is to be private.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -216,6 +222,8 @@ def push(
     api = _api(endpoint, token)
     with _hub(f"push to {repository}"):
         repo = api.create_repo(repository, private=private or None, exist_ok=True).repo_id
+        if private and not api.repo_info(repo).private:
+            raise SettingsError(f"{repo} is there already and public: make it private on the hub, or name another")
         if card is None and not api.file_exists(repo, README):
             card = model_card(prefix, name=repo.rpartition("/")[2])
         files = [CommitOperationAdd(FILE_NAME, str(path))]

@@ -71,7 +71,7 @@ def prepare(
 
     Args:
         task, source, split, config: as `read` takes them.
-        out: the file to write. It is written aside and renamed, and replaces one that is there.
+        out: the file to write, .jsonl. It is written aside and renamed, and replaces one that is there.
 
     Returns:
         What was kept and dropped.
@@ -82,6 +82,8 @@ def prepare(
     out = Path(out)
     check_file(out)
     check_apart(out, *files(task, source, split=split))
+    if out.suffix.lower() != ".jsonl":
+        raise SettingsError(f"expected a name that ends in .jsonl, by which readers know what is in it; got {out}")
     examples, report = read(task, source, split=split, config=config)
     write_jsonl(out, ({"id": one.id, **row} for one in examples for row in training_rows([one])))
     return report

@@ -96,12 +96,11 @@ def outputs_of(
         overwrite=overwrite,
         on_rows=on_rows,
     )
-    whole = {
-        (row["id"], row["input"]): row["output"]
-        for row in outputs.rows_of(outputs.file, "id", "input", overwrite=overwrite)
-    }
-    # by what they are outputs of: a file may have been sorted since
-    done = [whole[one.id, one.input] for one in examples if (one.id, one.input) in whole]
+    # by what they are outputs of: a file may have been sorted since, and ids may be of a file that has another name now
+    whole: dict[str, list[str]] = {}
+    for row in outputs.rows_of(outputs.file, "input", overwrite=overwrite):
+        whole.setdefault(row["input"], []).append(row["output"])
+    done = [whole[one.input].pop(0) for one in examples if whole.get(one.input)]
     if len(done) == len(examples):
         if on_rows is not None:
             on_rows(len(done))

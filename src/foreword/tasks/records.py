@@ -123,7 +123,7 @@ class Collector:
         """Add a row as `prepare` writes it: "input", "output", and perhaps "category" and "id"."""
         input, output = text_field(fields, "input"), text_field(fields, "output")
         category = text_field(fields, "category") if fields.get("category") is not None else None
-        group = str(fields["id"]) if "id" in fields else None
+        group = None if fields.get("id") is None else str(fields["id"])
         self.add(input, [output], id=group or id, category=category, key=(group, category, input.strip()))
 
     def drop(self, reason: str) -> None:

@@ -49,7 +49,7 @@ def read(source: Source, *, split: str | None = None, config: str | None = None)
             found.add(
                 text_field(fields, "document", "article", "input"),
                 [text_field(fields, "summary", "highlights", "output")],
-                id=str(fields.get("id", row.id)),
+                id=row.id if fields.get("id") is None else str(fields["id"]),
                 category=text_field(fields, "category") if fields.get("category") is not None else None,
             )
     return found.result(source)
