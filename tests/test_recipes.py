@@ -50,7 +50,7 @@ def test_the_papers_recipes_are_its_table() -> None:
 
 
 def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(SettingsError, match="expected a recipe of e2e, paper-e2e, .*; got 'e3e'"):
+    with pytest.raises(SettingsError, match="expected a recipe of e2e, e2e-few, paper-e2e, .*; got 'e3e'"):
         recipe("e3e")
 
 
@@ -91,6 +91,30 @@ def test_what_is_given_wins_over_the_recipe(
     assert trained["settings"] == TrainSettings(**{**RECIPES["paper-e2e"].options, **changed})
 
 
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        ((), {"init_text": "table-to-text: describe the restaurant", "init": "activations"}),
+        (("--init", "random"), {"init_text": None, "init": "random"}),
+        (("--init-text", "Words"), {"init_text": "Words", "init": "activations"}),
+    ],
+)
+def test_another_start_wins_over_a_recipes_words(
+    run: Run, base: Path, data: Path, trained: dict[str, Any], flags: tuple[str, ...], start: dict[str, Any]
+) -> None:
+    run("train", "--base", base, "--data", data, "--out", "P.safetensors", "--recipe", "e2e-few", *flags)
+    assert trained["settings"] == TrainSettings(**{**RECIPES["e2e-few"].options, **start})
+
+
+def test_a_prefix_to_go_on_from_wins_over_a_recipes_words(
+    run: Run, base: Path, data: Path, prefix: Path, trained: dict[str, Any]
+) -> None:
+    arguments = ["train", "--base", base, "--data", data, "--out", "P.safetensors", "--recipe", "e2e-few"]
+    run(*arguments, "--init-from", prefix)
+    assert trained["settings"].init_text is None
+    assert trained["init_from"].length == 5
+
+
 def test_lengths_of_a_recipe_reach_the_framing(run: Run, base: Path, data: Path, trained: dict[str, Any]) -> None:
     run("train", "--base", base, "--data", data, "--out", "P.safetensors", "--recipe", "paper-xsum")
     assert trained["framing"].max_input_tokens == 512
@@ -115,3 +139,4 @@ def test_recipes_are_listed_with_their_sources() -> None:
         assert name in shown
         assert one.source in shown
     assert "--lr 8e-05" in shown
+    assert "--init-text 'table-to-text: describe the restaurant' --lr" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -194,7 +195,9 @@ def recipes() -> None:
     for name, one in RECIPES.items():
         out.print(f"[bold]{name}[/]")
         for what, options in (("train", one.options), ("evaluate", one.generation)):
-            flags = " ".join(f"--{option.replace('_', '-')} {value}" for option, value in options.items())
+            flags = " ".join(
+                f"--{option.replace('_', '-')} {shlex.quote(str(value))}" for option, value in options.items()
+            )
             out.print(f"  {what:8} {flags}")
         out.print(f"  {'source':8} {shown(one.source)}")
 
@@ -220,6 +223,8 @@ def with_recipe(context: typer.Context, options: Mapping[str, Any]) -> dict[str,
         wanted.pop("lr", None)
     if given("init_text") or given("init_from"):
         wanted.pop("init", None)
+    if given("init") or given("init_from"):
+        wanted.pop("init_text", None)
     if given("init_from"):
         wanted.pop("length", None)
     return {**options, **wanted}

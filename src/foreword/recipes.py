@@ -51,6 +51,14 @@ RECIPES: Mapping[str, Recipe] = {
         generation=_BEAMS,
         source="docs/defaults.md: 500 E2E rows on smollm2-135m, three seeds",
     ),
+    "e2e-few": Recipe(
+        options={
+            **{"length": 10, "reparametrization": "mlp", "init_text": "table-to-text: describe the restaurant"},
+            **{"lr": 1.25e-4, "epochs": 8, "batch_size": 8, "warmup": 0.1},
+        },
+        generation=_BEAMS,
+        source="docs/defaults.md: 100 E2E rows on smollm2-135m, three samples of rows",
+    ),
     "paper-e2e": Recipe(
         options={**_PAPER, "hidden": 512, "length": 5, "lr": 8e-5, "epochs": 5, "batch_size": 10},
         generation=_BEAMS,
