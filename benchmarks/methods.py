@@ -216,6 +216,7 @@ METHODS: dict[str, Callable[[Base, Sequence[Row], Options], Learner]] = {
 
 GRIDS: dict[str, list[float]] = {
     "prefix": [2.5e-4, 5e-4, 1e-3],
+    "prefix-few": [6.25e-5, 1.25e-4, 2.5e-4],
     "prefix-small": [5e-4, 1e-3, 2e-3],
     "prefix-direct": [2.5e-2, 5e-2, 1e-1],
     "prefix-embedding": [1e-2, 2e-2, 4e-2],

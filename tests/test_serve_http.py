@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import socket
+import subprocess
+import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -230,6 +235,9 @@ def test_a_file_of_keys_that_breaks(
     with pytest.raises(SettingsError, match="expected a file of API keys"):
         keys.add(admin=True)
     assert keys.path.read_bytes() == good[:-9]
+    for odd in (b"[" * 100_000, re.sub(rb'"sha256": "\w+"', b'"sha256": null', good)):
+        keys.path.write_bytes(odd)
+        assert keys.find(text) is not None
     keys.path.write_bytes(good.replace(b"true", b"false"))
     found = keys.find(text)
     assert found is not None
@@ -299,6 +307,12 @@ def test_hostile_uploads(tmp_path: Path) -> None:
         zeros = {name: torch.zeros_like(one) for name, one in tensors.items()}
         return save(zeros, {"foreword": json.dumps({**json.loads(good.card.to_json()), **more})})
 
+    def huge(number: float, dtype: torch.dtype) -> bytes:
+        """Finite, and yet of no use in the base's own dtype."""
+        layers = [(keys.to(dtype, copy=True), values.to(dtype, copy=True)) for keys, values in good.sections["decoder"]]
+        layers[2][1][1, 2, 3] = number
+        return Prefix({"decoder": layers}, good.card).to_bytes(dtype)
+
     def header(length: int) -> bytes:
         return length.to_bytes(8, "little") + data[8:]
 
@@ -337,6 +351,8 @@ def test_hostile_uploads(tmp_path: Path) -> None:
         "infinity in the card": odd_card(training={"lr": [1e999]}),
         "bad template": card(framing=foreword.Framing(template="{input.__class__}")),
         "broken template": card(framing=foreword.Framing(template="{")),
+        "huge numbers": huge(1e300, torch.float64),
+        "large numbers": huge(-1.1e4, torch.float32),
         "too long": prefix_for(world.base, 131).to_bytes(),
         "too much memory": prefix_for(world.base, 100).to_bytes(),
         "too large": b"x" * 1_000_001,
@@ -419,7 +435,7 @@ def test_a_change_while_a_name_is_looked_up(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(store, "newest", slowly)
 
     async def run() -> None:
-        catalog = Catalog(store, FakeEngine())
+        catalog = Catalog(store, FakeEngine(), 20)
         early = asyncio.create_task(catalog.find("p"))
         await asyncio.to_thread(found.wait, 20)
         new = store.put("p", prefix_for(reference_base("llama"), 4))
@@ -453,13 +469,95 @@ def test_a_store_that_has_gone_is_no_prefix_that_has(world: World, tmp_path: Pat
         assert world.complete(client, "alice").status_code == 200
         (tmp_path / "store").rename(tmp_path / "moved")
         assert world.complete(client, "alice").status_code == 200  # it is in memory
-        assert error_of(world.complete(client, "bob"))["code"] == "internal_error"
-        assert client.put("/v1/prefixes/new", content=prefix_for(world.base, 5).to_bytes()).status_code == 500
-        assert client.delete("/v1/prefixes/bob").status_code == 500
+        answer = world.complete(client, "bob")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert error_of(answer)["code"] == "store_unavailable"
+        assert client.put("/v1/prefixes/new", content=prefix_for(world.base, 5).to_bytes()).status_code == 503
+        assert client.delete("/v1/prefixes/bob").status_code == 503
         assert not (tmp_path / "store").exists()
         (tmp_path / "moved").rename(tmp_path / "store")
         assert world.complete(client, "bob").status_code == 200
         assert world.complete(client, "none").status_code == 404
+
+
+def test_a_store_that_hangs_keeps_nobody_else_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor the end of the server."""
+    world = World(tmp_path, timeout=1.0, grace=0.0)
+    world.put("alice", "bob")
+    read, go_on = world.store.read, threading.Event()
+
+    def hang(version: Version) -> bytes:
+        if version.name == "bob":
+            go_on.wait(60)
+        return read(version)
+
+    monkeypatch.setattr(world.store, "read", hang)
+    try:
+        with world.running(), world.http() as client, ThreadPoolExecutor(9) as clients:
+            assert world.complete(client, "alice").status_code == 200
+            hung = [clients.submit(world.complete, client, "bob") for _ in range(9)]
+            for model in ("alice", BASE):
+                began = time.monotonic()
+                assert world.complete(client, model).status_code == 200
+                assert time.monotonic() - began < 0.9
+            for one in hung:
+                assert (one.result().status_code, error_of(one.result())["code"]) == (503, "store_unavailable")
+            began = time.monotonic()
+        assert time.monotonic() - began < 15
+    finally:
+        go_on.set()
+
+
+def test_threads_that_hang_do_not_keep_the_process(tmp_path: Path) -> None:
+    script = """if True:
+        import sys, threading
+        from foreword.serve.waiting import leave_hung_threads
+        threading.Thread(target=lambda: threading.Event().wait(0.1)).start()
+        leave_hung_threads(20, 5)
+        print("those that end are waited for")
+        threading.Thread(target=threading.Event().wait).start()
+        leave_hung_threads(0.1, 7)
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (7, "those that end are waited for\n")
+
+
+def test_nothing_of_a_request_is_read_before_it_is_known_whose_it_is(tmp_path: Path) -> None:
+    world = World(tmp_path, keys=True)
+    assert world.keys is not None
+    _, key = world.keys.add()
+    with world.running(), world.http() as nobody, world.http(key) as client:
+        for path, method in (("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/prefixes/a", "PUT")):
+            sent = []
+
+            def body(sent: list[int] = sent) -> Iterator[bytes]:
+                for n in range(4000):
+                    sent.append(n)
+                    yield b"[" * 1000
+
+            for content in (b"{", body()):
+                answer = nobody.request(method, path, content=content, headers={"content-type": "application/json"})
+                assert answer.status_code == 401, path
+                assert error_of(answer)["code"] == "invalid_api_key"
+                assert answer.headers["www-authenticate"] == "Bearer"
+        assert client.post("/v1/completions", content=b"{").status_code == 400
+
+
+def test_a_name_that_is_no_text_is_refused(world: World) -> None:
+    data = prefix_for(world.base, 5).to_bytes()
+    with world.http() as client:
+        for name in ("%ff", "a%ed%a0%80"):
+            for method in ("PUT", "DELETE"):
+                answer = client.request(method, f"/v1/prefixes/{name}", content=data)
+                assert (answer.status_code, error_of(answer)["param"]) == (400, "name")
+        assert client.put("/v1/prefixes/Zo%C3%AB", content=data).json()["name"] == "Zoë"
+
+
+@pytest.mark.parametrize("name", ["timeout", "grace"])
+def test_times_that_never_end_are_refused(name: str) -> None:
+    for value in (math.inf, math.nan, -1.0):
+        with pytest.raises(SettingsError, match=f"expected {name} as a number of seconds; got {value}"):
+            Settings(**{name: value})
 
 
 def test_a_prefix_that_is_called_as_the_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

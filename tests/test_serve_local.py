@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import math
 import random
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -330,6 +332,63 @@ def test_errors_are_one_request_s(llama: World, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="expected cache_bytes of more than"):
         LocalEngine(llama.base, llama.store, cache_bytes=700)
     assert LocalEngine(llama.base, llama.store, cache_bytes=50 * 3 * 2 * 2 * 14 * 4).context == 50
+
+
+@pytest.mark.parametrize("number", [1e38, -3e38])
+@pytest.mark.parametrize("kind", [0, 1], ids=["keys", "values"])
+def test_numbers_that_overflow_stay_with_their_row(
+    llama: World, kind: int, number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those beside it, who come when it has gone, and the bare base; were such a prefix let in at all."""
+    monkeypatch.setattr("foreword.prefix.LARGEST", math.inf)
+    layers = [tuple(tensor.clone() for tensor in layer) for layer in prefix_for(llama.base, 6).sections["decoder"]]
+    for layer in layers:
+        layer[kind].fill_(number)
+    llama.put("bad", Prefix({"decoder": layers}, llama.prefixes["five"].card))  # type: ignore[dict-item]
+
+    async def run() -> None:
+        async with llama.engine(max_rows=4) as engine:
+            for _ in range(3):
+                good = [
+                    asyncio.create_task(pieces_of(engine, llama.request(f"{name}", "text", name, max_tokens=20)))
+                    for name in (None, "two", "five")
+                ]
+                try:
+                    await pieces_of(engine, llama.request("bad", "text", "bad", max_tokens=9))
+                except PrefixFileError as error:
+                    assert "logits are no finite numbers" in str(error)  # noqa: PT017
+                for name, one in zip((None, "two", "five"), good, strict=True):
+                    assert text_of(await one) == llama.alone("text", name, max_new_tokens=20)
+
+    asyncio.run(run())
+
+
+def test_what_is_in_memory_waits_for_nobodys_loading(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, go_on = llama.store.read, threading.Event()
+
+    def slowly(version: Version) -> bytes:
+        if version.name.startswith("cold"):
+            assert go_on.wait(60)
+        return read(version)
+
+    for n in range(9):
+        llama.put(f"cold {n}", prefix_for(llama.base, 3, seed=n))
+
+    async def run() -> None:
+        async with llama.engine() as engine:
+            await pieces_of(engine, llama.request("warm", "text", "five"))
+            monkeypatch.setattr(llama.store, "read", slowly)
+            cold = [
+                asyncio.create_task(pieces_of(engine, llama.request(f"c{n}", "text", f"cold {n}"))) for n in range(9)
+            ]
+            await asyncio.sleep(0.1)
+            again = await asyncio.wait_for(pieces_of(engine, llama.request("again", "text", "five")), 20)
+            assert text_of(again) == llama.alone("text", "five")
+            go_on.set()
+            for n, one in enumerate(cold):
+                assert text_of(await one) == llama.alone("text", f"cold {n}")
+
+    asyncio.run(run())
 
 
 def test_a_failed_step_is_survived(

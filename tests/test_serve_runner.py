@@ -172,6 +172,11 @@ def test_the_cache_by_itself() -> None:
     keys, _ = cache._own[1].seen(cache.end)
     assert (keys[0, 0, -14:-3] == 11).all()
     assert (keys[2] == 31).all()
+    everything = [buffer for layer in cache._own for buffer in layer.buffers]
+    everything[0][2, :, cache.start : cache.end] = torch.nan
+    cache.leave(2)
+    assert torch.isfinite(everything[0]).all(), "whoever joins there has it masked, and 0 times NaN is NaN"
+    cache.join(states(1, 31, 30.0), [31])
     cache.leave(0)
     assert cache.lengths == [31, 7]
     keys, _ = cache._own[0].seen(cache.end)

@@ -23,6 +23,9 @@ E2E_DIFFERS = (
 )
 
 
+FEW = 100
+"""Up to so many rows, the learning rates that are tried first are lower."""
+
 E2E_WORDS = "table-to-text: describe the restaurant"
 WEBNLG_WORDS = "table-to-text: describe the facts"
 SYNOPSIS_WORDS = "summarize: describe the package in one line"
@@ -47,7 +50,16 @@ def _curve(
     kinds = {kind: ("prefix", Options(length=options.length, init_text=words)) for kind, words in starts.items()}
     kinds["fine-tuning"] = "full", Options(length=options.length)
     arms = [
-        Arm(name=f"{kind} {size}", method=method, rows=size, epochs=epochs, options=own, line=kind, x=size)
+        Arm(
+            name=f"{kind} {size}",
+            method=method,
+            grid="prefix-few" if method == "prefix" and size <= FEW else None,
+            rows=size,
+            epochs=epochs,
+            options=own,
+            line=kind,
+            x=size,
+        )
         for kind, (method, own) in kinds.items()
         for size, epochs in chosen.items()
     ]

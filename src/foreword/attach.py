@@ -201,7 +201,7 @@ class Attachment:
         self._y_positions: torch.Tensor | None = None
         self._states: torch.Tensor | None = None
         self._masks: dict[tuple[int, ...], tuple[torch.Tensor | None, Mask]] = {}
-        self._places: dict[int, torch.Tensor] = {}
+        self._places: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.stack: Stack | None = source if isinstance(source, Stack) else None
 
         self._handles: list[Any] = []
@@ -382,9 +382,14 @@ class Attachment:
         else:
             if batch not in self._places:
                 # once a forward pass: each copy to a GPU waits for all that it was given before
-                self._places[batch] = self._rows_of(batch).clamp(min=0).to(keys.device)
-            rows = self._places[batch]
-            prefix_keys, prefix_values = prefix_keys[rows], prefix_values[rows]
+                rows = self._rows_of(batch)
+                bare = (rows < 0)[:, None, None, None].to(keys.device) if bool((rows < 0).any()) else None
+                self._places[batch] = rows.clamp(min=0).to(keys.device), bare
+            places, bare = self._places[batch]
+            prefix_keys, prefix_values = prefix_keys[places], prefix_values[places]
+            if bare is not None:
+                # they see none of it; and no mask hides what overflows
+                prefix_keys, prefix_values = prefix_keys.masked_fill(bare, 0), prefix_values.masked_fill(bare, 0)
         # every layer of a kind is handed the same mask
         key = (id(mask), batch, query.shape[2], keys.shape[2])
         if key not in self._masks:

@@ -68,8 +68,9 @@ def serve(
     from foreword.serve.choose import choose_engine
     from foreword.serve.http import create_app
     from foreword.serve.logs import log_as_json
-    from foreword.serve.server import check_address, check_port, run
+    from foreword.serve.server import LAST_SECONDS, check_address, check_port, run
     from foreword.serve.service import Settings
+    from foreword.serve.waiting import leave_hung_threads
     from foreword.store import Store
 
     # whatever can be wrong is looked at before the base, which may be large, is loaded
@@ -94,7 +95,9 @@ def serve(
     )
     settings = Settings(max_texts=max_texts, timeout=timeout, grace=grace, max_upload=max_upload * MIB)
     app = create_app(loaded, store, engine=made, keys=key_file, base_name=base_name, settings=settings)
-    if not run(app, host=host, port=port):
+    served = run(app, host=host, port=port)
+    leave_hung_threads(LAST_SECONDS, 0 if served else 1)
+    if not served:
         raise typer.Exit(1)
 
 

@@ -43,6 +43,9 @@ FORMAT = 1
 
 MAX_CARD_BYTES = 1 << 20
 
+LARGEST = 1e4
+"""Keys and values beyond this overflow in a base's attention, which would spoil the rows beside; trained ones are in the tens."""
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What keys and values may be made of; narrower numbers have no arithmetic of their own."""
 
@@ -221,6 +224,7 @@ class Prefix:
 
         Raises:
             WrongBaseError: it was trained on another base, or its shapes are not those of `base`.
+            PrefixFileError: numbers that no training makes, which would overflow in the base.
         """
         if self.card.fingerprint != base.fingerprint:
             raise WrongBaseError(
@@ -232,6 +236,13 @@ class Prefix:
                 f"the prefix's layers do not fit the base {base.name!r}, though its card, for {self.card.base!r}, says so: "
                 "the file is damaged"
             )
+        for section, i, keys, values in self._walk():
+            largest = max(keys.abs().max().item(), values.abs().max().item())
+            if largest > LARGEST:
+                raise PrefixFileError(
+                    f"{section}.{i}: expected numbers up to {LARGEST:,.0f}; got {largest:.3g}, which overflows in the base: train "
+                    "the prefix anew"
+                )
         return self
 
     def to_bytes(self, dtype: torch.dtype = torch.bfloat16) -> bytes:

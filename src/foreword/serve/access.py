@@ -69,6 +69,8 @@ class Key:
         if isinstance(self.prefixes, str) or not all(isinstance(name, str) for name in self.prefixes):
             raise SettingsError(f"expected prefixes to be a list of names; got {self.prefixes!r}")
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        if not (isinstance(self.sha256, str) and re.fullmatch(r"[0-9a-f]{64}|", self.sha256, re.ASCII)):
+            raise SettingsError(f"expected sha256 as 64 hexadecimal digits; got {self.sha256!r}")
         if not isinstance(self.admin, bool):
             raise SettingsError(f"expected admin to be true or false; got {self.admin!r}")
         for name in ("tokens_per_minute", "concurrency"):
@@ -145,7 +147,7 @@ class KeyFile:
             if raw["format"] != FORMAT:
                 raise ValueError
             keys = [Key(**one) for one in raw["keys"]]
-        except (ValueError, TypeError, KeyError, SettingsError):
+        except (ValueError, TypeError, KeyError, RecursionError, SettingsError):
             raise SettingsError(
                 f"expected a file of API keys at {self.path}; it is something else: name another, or make one with "
                 "foreword keys add"

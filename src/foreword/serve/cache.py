@@ -113,6 +113,10 @@ class RunningCache(Cache):
             for layer in self._own:
                 for buffer in layer.buffers:
                     buffer[row, :, self.start : self.end] = buffer[last, :, self.start : self.end]
+        for layer in self._own:
+            for buffer in layer.buffers:
+                # whoever joins there has it masked, and what is masked must be finite
+                buffer[last, :, self.start : self.end] = 0
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
         self.start = self.end - max(self.lengths, default=0)

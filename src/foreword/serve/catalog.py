@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from foreword.prefix import Card, Prefix
 from foreword.serve.engine import Engine
+from foreword.serve.waiting import StoreThreads
 from foreword.store import Change, Store, Token, Version, check_name, key_of
 
 __all__ = ["Catalog", "Entry"]
@@ -53,11 +54,16 @@ class Catalog:
     Args:
         store: of the prefixes; others may write to it.
         engine: told to forget what was deleted.
+        seconds: for one call of the store.
+
+    Attributes:
+        threads: that wait for the store.
     """
 
-    def __init__(self, store: Store, engine: Engine):
+    def __init__(self, store: Store, engine: Engine, seconds: float):
         self.store = store
         self.engine = engine
+        self.threads = StoreThreads(seconds)
         self._newest: OrderedDict[str, tuple[Version, float]] = OrderedDict()
         self._entries: OrderedDict[str, tuple[Entry, int]] = OrderedDict()
         self._bytes = 0
@@ -70,12 +76,13 @@ class Catalog:
         Raises:
             NoSuchPrefixError: there is none. StoreError: it cannot be a name.
             PrefixFileError: its file is damaged.
+            OSError: the store cannot be reached.
         """
         name = check_name(name)
         version, believed = self._newest.get(name, (None, 0.0))
         if version is None or believed < time.monotonic():
             changes = self._changes
-            version = await asyncio.to_thread(self.store.newest, name)
+            version = await self.threads.run(self.store.newest, name)
             # what changed while it was looked up may be newer than what was found
             if changes == self._changes:
                 self._newest[name] = version, time.monotonic() + POLL
@@ -87,7 +94,7 @@ class Catalog:
         held = self._entries.get(version.sha256)
         if held is None:
             found = version
-            entry = await asyncio.to_thread(lambda: Entry.of(found, Prefix.from_bytes(self.store.read(found))))
+            entry = await self.threads.run(lambda: Entry.of(found, Prefix.from_bytes(self.store.read(found))))
             self._keep(entry)
         else:
             self._entries.move_to_end(version.sha256)
@@ -126,12 +133,13 @@ class Catalog:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+            self.threads.close()
 
     async def _watch(self, token: Token) -> None:
         while True:
             await asyncio.sleep(POLL)
             try:
-                changes = await asyncio.to_thread(self.store.changes, token)
+                changes = await self.threads.run(self.store.changes, token)
                 token = changes.token
                 if changes.reset:
                     self._newest.clear()

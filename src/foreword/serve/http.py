@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app"]
 
-MAX_WORDS = 16 << 20
+MAX_WORDS = 4 << 20
+"""Bytes of a request but an upload: while one is parsed everybody waits, for a fifth of a second."""
 
 
 def create_app(
@@ -73,7 +74,7 @@ def create_app(
             HTTPException: problems.on_http,
             problems.Problem: problems.on_problem,
             ForewordError: problems.on_problem,
-            TimeoutError: problems.on_problem,
+            OSError: problems.on_problem,  # of which TimeoutError is one
         },
     )
     app.state.service = service
@@ -82,32 +83,39 @@ def create_app(
     app.add_api_route("/health", health, tags=["state"])
     app.add_api_route("/ready", ready, tags=["state"])
     app.add_api_route("/metrics", metrics, tags=["state"], response_class=Response)
-    app.add_middleware(Bounded, limit=service.settings.max_upload)
+    app.add_middleware(Bounded, service=service)
     app.add_middleware(Told, metrics=service.metrics)
     return app
 
 
 class Bounded:
-    """Around an application: no request's body is read further than it may be long.
+    """Around an application: no request's body is read further than it may be long, or before it is known whose it is.
 
     Args:
-        limit: bytes of an upload; other requests are words, of at most `MAX_WORDS` bytes.
+        service: knows the keys.
     """
 
-    def __init__(self, app: ASGIApp, limit: int):
-        self.app = app
-        self.limit = limit
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app, self.service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limit = self.limit if scope.get("method") == "PUT" else MAX_WORDS
+        limit = self.service.settings.max_upload if scope.get("method") == "PUT" else MAX_WORDS
         said = dict(scope.get("headers", ())).get(b"content-length", b"")
         # one that says itself that it is too long is refused unread
         told = int(said[:20]) if said.isdigit() else 0
         seen = 0
+        known = scope.get("method") not in ("POST", "PUT")
         too_large = HTTPException(413, f"expected a request of at most {limit:,} bytes; got a larger one")
 
         async def counted() -> Message:
-            nonlocal seen
+            nonlocal seen, known
+            if not known:
+                # raised here, an HTTPException alone passes through FastAPI as it is
+                try:
+                    self.service.key_of(Request(scope))
+                except problems.Problem as problem:
+                    raise HTTPException(problem.status, problem.message, problem.headers) from None
+                known = True
             if told > limit:
                 raise too_large
             message = await receive()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import threading
 from collections import deque
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import LogitsProcessorList
 
-from foreword.errors import SettingsError
+from foreword.errors import PrefixFileError, SettingsError
 from foreword.generation import GenerateSettings, end_ids, sample_processors
 from foreword.prefix import Prefix
 from foreword.serve.engine import Engine, EngineStoppedError, Figures, Finish, Piece, Request, TokenLogprob, all_ended
@@ -191,7 +192,8 @@ class LocalEngine(Engine):
         with self._changed:
             self._changed.notify()
         await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self._loaders.shutdown)
+        # the store may hang
+        self._loaders.shutdown(wait=False, cancel_futures=True)
         self._runner.detach()
 
     # below, all runs in the engine's own thread
@@ -265,6 +267,12 @@ class LocalEngine(Engine):
             self._end(job)
         for job in islice(self._waiting, self.max_rows):
             if job.request.prefix is not None and job.loading is None:
+                # what is in memory waits for nobody's loading
+                here = self._residents.acquire_now(job.request.prefix.sha256)
+                if here is not None:
+                    job.loading = Future()
+                    job.loading.set_result(here)
+                    continue
                 job.loading = self._loaders.submit(self._residents.acquire, job.request.prefix)
                 job.loading.add_done_callback(self._wake)
         if self._prefill is not None:
@@ -312,10 +320,17 @@ class LocalEngine(Engine):
     def _choose(self, rows: Sequence[Row], logits: torch.Tensor, told: list[tuple[_Job, Piece | Exception]]) -> None:
         """Give each row its next token, and let those go that have ended."""
         scores = logits.float()
-        likeliest = scores.argmax(-1).tolist()
+        highest, likeliest = (one.tolist() for one in scores.max(-1))
         for b, row in enumerate(rows):
             job = self._jobs[row]
             token = likeliest[b]
+            if not math.isfinite(highest[b]):
+                self._runner.leave(row)
+                self._end(job)
+                told.append(
+                    (job, PrefixFileError("the next token's logits are no finite numbers: train the prefix anew"))
+                )
+                continue
             if job.processors:
                 token = int(job.processors(None, scores[b : b + 1]).argmax())  # type: ignore[arg-type]
             row.y.append(token)

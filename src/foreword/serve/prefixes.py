@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any
+from urllib.parse import unquote_to_bytes
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request as HttpRequest
@@ -49,7 +49,7 @@ def _usable(store: Store, key: Key, base_name: str) -> Iterator[Version]:
 async def models(request: HttpRequest, key: Asking) -> schemas.ModelList:
     """The base, and every prefix that the key may use."""
     service: Service = request.app.state.service
-    versions = await asyncio.to_thread(
+    versions = await service.catalog.threads.run(
         lambda: sorted(_usable(service.store, key, service.base_name), key=lambda one: one.name)
     )
     data = [schemas.ModelInfo(id=one.name, created=_created(one), owned_by="foreword") for one in versions]
@@ -80,7 +80,7 @@ async def prefixes(
 ) -> schemas.PrefixList:
     """A page of all prefixes."""
     service: Service = request.app.state.service
-    page = await asyncio.to_thread(lambda: service.store.page(after, limit, begins=begins))
+    page = await service.catalog.threads.run(lambda: service.store.page(after, limit, begins=begins))
     return schemas.PrefixList(data=[_info(version) for version in page.versions], cursor=page.cursor)
 
 
@@ -93,15 +93,23 @@ async def show(request: HttpRequest, key: Admin, name: str) -> Response:
     """A prefix's card, and its versions, the newest first."""
     service: Service = request.app.state.service
     entry = await service.entry(key, name)
-    versions = await asyncio.to_thread(service.store.versions, entry.version.name)
+    versions = await service.catalog.threads.run(service.store.versions, entry.version.name)
     facts: dict[str, Any] = {
         **_info(entry.version).model_dump(),
         **entry.facts,
-        # a file may hold numbers that JSON has not
         "card": json.loads(entry.card.to_json()),
         "versions": [{"sha256": one.sha256, "created": _created(one)} for one in versions],
     }
     return Response(json.dumps(facts, ensure_ascii=False), media_type="application/json")
+
+
+def _given(request: HttpRequest, name: str) -> str:
+    """The name of a path. Raises `Problem` where its bytes are not UTF-8, which would be another's once they are replaced."""
+    try:
+        unquote_to_bytes(request.scope.get("raw_path", b"")).decode()
+    except UnicodeDecodeError:
+        raise Problem(400, "expected a name in UTF-8", param="name") from None
+    return check_name(name)
 
 
 @router.put(
@@ -119,10 +127,10 @@ async def show(request: HttpRequest, key: Admin, name: str) -> Response:
 async def upload(request: HttpRequest, _: Admin, name: str) -> schemas.PrefixInfo:
     """Store a prefix file as the newest version of a name."""
     service: Service = request.app.state.service
-    name = check_name(name)
+    name = _given(request, name)
     if name == service.base_name:
         raise Problem(400, f"{name!r} is the base's name: choose another", param="name")
-    version = await asyncio.to_thread(_put, service, name, await request.body())
+    version = await service.catalog.threads.run(_put, service, name, await request.body())
     service.catalog.forget_name(name)
     return _info(version)
 
@@ -149,10 +157,10 @@ def _put(service: Service, name: str, data: bytes) -> Version:
 async def delete(request: HttpRequest, _: Admin, name: str) -> schemas.Deleted:
     """Delete every version of a prefix, from memory too. Texts under way come to their end."""
     service: Service = request.app.state.service
-    name = check_name(name)
-    versions = await asyncio.to_thread(service.store.versions, name)
+    name = _given(request, name)
+    versions = await service.catalog.threads.run(service.store.versions, name)
     try:
-        count = await asyncio.to_thread(service.store.delete, name)
+        count = await service.catalog.threads.run(service.store.delete, name)
     except NoSuchPrefixError:
         raise no_such_model(name) from None
     service.catalog.forget_name(name)

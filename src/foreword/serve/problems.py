@@ -82,6 +82,9 @@ def problem_of(error: Exception) -> Problem:
         return Problem(400, message, param="model" if isinstance(error, WrongBaseError) else None)
     if isinstance(error, TimeoutError):
         return Problem(504, "the answer took longer than this server allows: ask for fewer tokens", code="timeout")
+    if isinstance(error, OSError):
+        again = {"retry-after": "5"}
+        return Problem(503, "the store cannot be reached: try again", code="store_unavailable", headers=again)
     return Problem(500, "the server failed; its log says why", code="internal_error")
 
 
@@ -94,14 +97,16 @@ def no_such_model(name: str) -> Problem:
 async def on_problem(request: Request, error: Exception) -> JSONResponse:
     problem = problem_of(error)
     if problem.status >= 500 and problem.code != "not_ready":
-        log.error("a request failed: %s", problem.code, exc_info=error)
+        # of an OSError the system's own words are no client's
+        why = f": {error.strerror or error}" if isinstance(error, OSError) else ""
+        log.error("a request failed: %s%s", problem.code, why, exc_info=error)
     return problem.response()
 
 
 async def on_http(request: Request, error: Exception) -> JSONResponse:
-    """What is said before a request is looked at: no such path, no such method, or a request that is too large."""
+    """What is said before a request is looked at: no such path or method, nobody known, or a request that is too large."""
     assert isinstance(error, HTTPException)
-    code = "too_large" if error.status_code == 413 else None
+    code = {401: "invalid_api_key", 413: "too_large"}.get(error.status_code)
     return Problem(error.status_code, str(error.detail), code=code, headers=error.headers).response()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import os
 import time
 import uuid
@@ -19,7 +20,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import Request as HttpRequest
 
 from foreword.data import fields_of, frame
-from foreword.errors import DataError, NoSuchPrefixError, StoreError, TooLongError
+from foreword.errors import DataError, NoSuchPrefixError, SettingsError, StoreError, TooLongError
 from foreword.prefix import Framing
 from foreword.serve.access import OPEN, Key, KeyFile
 from foreword.serve.catalog import Catalog, Entry
@@ -57,6 +58,11 @@ class Settings:
     timeout: float = 600.0
     grace: float = 30.0
     max_upload: int = 256 << 20
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "grace"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingsError(f"expected {name} as a number of seconds; got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +107,7 @@ class Service:
         path = Path(os.path.expanduser(base.name))
         self.base_name = base_name or (path.resolve().name if path.exists() else base.name)
         self.base, self.store, self.engine, self.keys, self.settings = base, store, engine, keys, settings
-        self.catalog = Catalog(store, engine)
+        self.catalog = Catalog(store, engine, settings.timeout)
         self.limits = Limits(settings.max_texts)
         self.metrics = Metrics(engine, self.limits)
         self.began = int(time.time())
@@ -141,7 +147,7 @@ class Service:
             self._state = "ready"
             log.info("ready: the base %s on the engine %s", self.base_name, self.engine.name)
         try:
-            if await asyncio.to_thread(self.store.versions, self.base_name):
+            if await self.catalog.threads.run(self.store.versions, self.base_name):
                 log.warning("the prefix %r is never used: the base is called so; see --base-name", self.base_name)
         except Exception:
             # a store that cannot be reached for a while ends no server

@@ -88,3 +88,4 @@ class Slots(nn.Module):
             for stacked, own in zip(layers, prefix.sections[section], strict=True):
                 for to, tensor in zip(stacked, own, strict=True):
                     to[slot, :, : prefix.length] = tensor
+                    to[slot, :, prefix.length :] = 0

@@ -34,6 +34,7 @@ from foreword.serve.engine import (
 )
 from foreword.serve.placeholders import BUDGET, cache_salt, kv_transfer_config, kv_transfer_params, placeholder_ids
 from foreword.serve.residents import check_size
+from foreword.serve.waiting import StoreThreads
 from foreword.store import Store, Version
 from foreword.text import TextSoFar
 
@@ -116,6 +117,7 @@ class VllmEngine(Engine):
             )
         self.base = base
         self.store = store
+        self._threads = StoreThreads()
         self.budget = budget
         options = dict(options or {})
         limits = [limit for limit in (base.context, options.get("max_model_len")) if limit is not None]
@@ -279,7 +281,7 @@ class VllmEngine(Engine):
         if length is None:
             if len(self._lengths) >= MAX_LENGTHS:
                 self._lengths.clear()
-            length = await asyncio.to_thread(self._read, version)
+            length = await self._threads.run(self._read, version)
             self._lengths[version.sha256] = length
         return length
 
@@ -292,8 +294,7 @@ class VllmEngine(Engine):
         version = request.prefix
         if version is not None:
             self._lengths.pop(version.sha256, None)
-            data = await asyncio.to_thread(self.store.read, version)
-            prefix = await asyncio.to_thread(lambda: Prefix.from_bytes(data).check(self.base))
+            prefix = await self._threads.run(lambda: Prefix.from_bytes(self.store.read(version)).check(self.base))
             check_size(version, prefix.num_parameters * self.base.dtype.itemsize, self.budget)
         raise PrefixFileError(f"vLLM could not serve {version or 'the request'}: see its log, and try again")
 
@@ -324,6 +325,7 @@ class VllmEngine(Engine):
                     process.kill()
             await asyncio.sleep(0.05)
         await self._end(grace)
+        self._threads.close()
 
     async def _end(self, grace: float) -> None:
         await all_ended(self._running.values(), grace)
