@@ -25,17 +25,19 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+from transformers import GenerationConfig
 
 from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
 from foreword.attach import FAMILIES, Attachment, attach
 from foreword.attention import Mask
 from foreword.bases import Base
-from foreword.data import Row, batches, collate
+from foreword.data import Row, batches, collate, frame, pad
+from foreword.generation import end_ids
 from foreword.learner import make_trainable, share_at
 from foreword.loss import forward_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import trainable_prefix, width
-from foreword.settings import TrainSettings
+from foreword.settings import GenerateSettings, TrainSettings
 
 WARMUP, CLIP = 0.1, 1.0
 
@@ -62,12 +64,14 @@ class Learner(NamedTuple):
         parameters: what learns.
         finish: gives the trained prefix, or None where the base itself has what was learnt.
         folded: numbers that are kept, where what learns is folded away afterwards; else what learns is kept.
+        attached: whether what was learnt stays attached, so that texts are `attached_texts`.
     """
 
     loss: Callable[[Sequence[Row]], torch.Tensor]
     parameters: list[torch.nn.Parameter]
     finish: Callable[[], Prefix | None]
     folded: int | None = None
+    attached: bool = False
 
     @property
     def kept(self) -> int:
@@ -113,7 +117,33 @@ def prefix(base: Base, rows: Sequence[Row], options: Options) -> Learner:
     named = [(name, p) for name, p in trainable.named_parameters() if not alone or "decoder" in name]
     shapes = {section: layers for section, layers in base.shapes.items() if not alone or section == "decoder"}
     folded = options.length * sum(map(width, shapes.values())) if options.reparametrization == "mlp" else None
-    return Learner(loss, [p for _, p in named], finish, folded)
+    return Learner(loss, [p for _, p in named], finish, folded, alone)
+
+
+def attached_texts(base: Base, inputs: Sequence[str], *, settings: GenerateSettings, framing: Framing) -> list[str]:
+    """As `foreword.generate`, which refuses a base with something attached; of an encoder-decoder base."""
+    ends = end_ids(base)
+    own = base.model.generation_config
+    base.model.generation_config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        do_sample=False,
+        eos_token_id=sorted(ends),
+        pad_token_id=base.pad_id,
+        decoder_start_token_id=base.start_id,
+    )
+    texts = []
+    try:
+        for start in range(0, len(inputs), settings.batch_size):
+            rows = [frame(base, {"input": one}, framing) for one in inputs[start : start + settings.batch_size]]
+            tokens, mask = (one.to(base.device) for one in pad(rows, base.pad_id))
+            with torch.no_grad():
+                model: Any = base.model
+                out = model.generate(input_ids=tokens, attention_mask=mask)[:, 1:].tolist()
+            texts += [base.decode([token for token in row if token not in ends]) for row in out]
+    finally:
+        base.model.generation_config = own
+    return texts
 
 
 def _tuned(base: Base, parameters: Sequence[torch.nn.Parameter]) -> Learner:

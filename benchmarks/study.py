@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import foreword
-from benchmarks.methods import GRIDS, METHODS, Options, fit
+from benchmarks.methods import GRIDS, METHODS, Options, attached_texts, fit
 from benchmarks.record import machine
 from benchmarks.runs import Runs, best_rate, named
 from foreword.data import rows_of
@@ -226,7 +226,10 @@ def run(study: Study, unit: Unit) -> dict[str, Any]:
 
     def texts(examples: Sequence[Example]) -> list[str]:
         inputs = [one.input for one in examples]
-        found = foreword.generate(base, inputs, prefix, settings=settings, framing=study.framing)
+        if learner.attached:
+            found = attached_texts(base, inputs, settings=settings, framing=study.framing)
+        else:
+            found = foreword.generate(base, inputs, prefix, settings=settings, framing=study.framing)
         return [" ".join(text.split()) for text in found]
 
     began = time.perf_counter()

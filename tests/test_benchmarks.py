@@ -26,7 +26,7 @@ from benchmarks import e2e_quality, train_speed, train_vs_peft, users_help
 from benchmarks.bart import BOS, EOS, MASK, corrupt, pretrain
 from benchmarks.baselines import USUAL, baselines
 from benchmarks.e2e_rows import Split
-from benchmarks.methods import GRIDS, METHODS, Options, fit
+from benchmarks.methods import GRIDS, METHODS, Options, attached_texts, fit
 from benchmarks.paper.__main__ import options_of
 from benchmarks.paper.studies import STUDIES
 from benchmarks.report import report
@@ -34,8 +34,9 @@ from benchmarks.runs import MOST_RATES, Runs, best_rate
 from benchmarks.study import Arm, Data, Study, Unit, compare, lines, sampled, todo
 from foreword.attach import attach
 from foreword.bases import load_base
-from foreword.data import rows_of
+from foreword.data import frame, rows_of
 from foreword.evaluate import paired_bootstrap
+from foreword.generation import GenerateSettings, end_ids
 from foreword.loss import mean_loss
 from foreword.prefix import Framing
 from foreword.tasks import Example
@@ -200,6 +201,27 @@ def test_the_decoders_section_alone() -> None:
     assert torch.equal(encoder["last"], inside), "the encoder has a prefix"
     handle.remove()
     assert alone.finish() is None
+    assert alone.attached
+    settings, inputs = GenerateSettings(max_new_tokens=7, batch_size=2), [record["input"] for record in RECORDS]
+    inside_texts = attached_texts(base, inputs, settings=settings, framing=Framing())
+    slowly = []
+    for one in inputs:
+        given = torch.tensor([frame(base, {"input": one}, Framing())])
+        y = [base.start_id]
+        while len(y) < 8 and (len(y) == 1 or y[-1] not in end_ids(base)):
+            with torch.no_grad():
+                logits = base.model(input_ids=given, decoder_input_ids=torch.tensor([y]), use_cache=False).logits
+            y.append(int(logits[0, -1].argmax()))
+        slowly.append(base.decode([token for token in y[1:] if token not in end_ids(base)]))
+    assert inside_texts == slowly
+
+
+def test_bare_texts_of_what_stays_attached_are_foreword_s() -> None:
+    base = base_of("bart")
+    settings = GenerateSettings(max_new_tokens=9, num_beams=2, batch_size=3)
+    inputs = [record["input"] for record in RECORDS]
+    expected = foreword.generate(base, inputs, settings=settings)
+    assert attached_texts(base, inputs, settings=settings, framing=Framing()) == expected
 
 
 def test_a_run_that_diverges_says_so() -> None:
@@ -395,6 +417,16 @@ def test_more_runs_on_the_same_inputs_do_not_narrow_the_intervals(folder: Path, 
             intervals[one["group"]] = (*one["interval"], one["p_value"])
         found.append(intervals)
     assert found[1] == {key: pytest.approx(ends) for key, ends in found[0].items()}
+
+
+def test_a_run_of_the_decoders_section_alone(results: Path, tmp_path: Path) -> None:
+    tiny_model("bart").save_pretrained(tmp_path / "bart")
+    tiny_tokenizer("bart").save_pretrained(tmp_path / "bart")
+    options = Options(length=2, section="decoder")
+    arm = Arm(name="alone", method="prefix", rows=4, epochs=1, options=options)
+    study = tiny_study(tmp_path / "bart", arms=[arm], metrics="rouge", primary="ROUGE-L", contrasts=[])
+    result = benchmarks.study.run(study, todo(study)[0])
+    assert len(result["test_outputs"]) == 5
 
 
 def test_runs_of_several_bases_are_not_mixed(folder: Path, results: Path) -> None:
