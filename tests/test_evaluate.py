@@ -269,6 +269,17 @@ def test_webnlg_meteor_of_unequal_references() -> None:
     assert found.missing == {}
 
 
+def test_rouge_stems_as_the_field_does() -> None:
+    found = score([["the cat runs"]], ["the cats running"], "rouge").figures
+    assert found["ROUGE-1"] == found["ROUGE-L"] == pytest.approx(1)
+
+
+def test_of_two_references_as_near_in_length_bleu_takes_the_shorter() -> None:
+    """As the challenge's script does: 6 words, references of 5 and 7; the longer would cost a brevity penalty."""
+    references, outputs = [["a b c d e", "a b c d e f g"]], ["a b c d e f"]
+    assert score(references, outputs, "BLEU").figures["BLEU"] == pytest.approx(1)
+
+
 def test_rouge_is_rouge_scores_best_over_references() -> None:
     from rouge_score.rouge_scorer import RougeScorer
 

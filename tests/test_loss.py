@@ -56,6 +56,38 @@ def test_losses_and_gradients_are_cross_entropys(
         torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_few_logits_are_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, rows = tiny_base("llama"), []
+    monkeypatch.setattr(loss, "CHUNK", 3 * len(base.embeddings))
+    batch = collate(base, rows_of(base, ROWS, Framing()))
+    with attach(base.model, trainable_prefix(base, length=3, reparametrization="direct")) as attachment:
+        base.model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out.numel()))
+        token_losses(base, attachment, batch).sum().backward()
+    assert len(batch.labels) > 9
+    assert max(rows) <= 3 * len(base.embeddings)
+
+
+def test_losses_of_logits_in_bfloat16_are_not_rounded_to_it() -> None:
+    base = tiny_base("llama", dtype=torch.bfloat16)
+    batch = collate(base, rows_of(base, ROWS, Framing()))
+    with (
+        attach(base.model, trainable_prefix(base, length=3, reparametrization="direct")) as attachment,
+        torch.no_grad(),
+    ):
+        logits = base.model(**batch.inputs, use_cache=False).logits[batch.y_positions].float()
+        expected = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        torch.testing.assert_close(token_losses(base, attachment, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_infix_of_one_batch_is_not_the_next_ones() -> None:
+    base = tiny_base("llama")
+    batch = collate(base, rows_of(base, ROWS, Framing()))
+    with attach(base.model, trainable_prefix(base, length=3, reparametrization="direct")) as attachment:
+        before = token_losses(base, attachment, batch).detach()
+        assert not torch.allclose(token_losses(base, attachment, batch, infix=True).detach(), before)
+        assert torch.equal(token_losses(base, attachment, batch).detach(), before)
+
+
 def test_without_gradients_nothing_is_made_for_them() -> None:
     base = tiny_base("llama")
     batch = collate(base, rows_of(base, ROWS, Framing()))

@@ -546,8 +546,7 @@ def test_a_caller_that_goes_away_leaves_the_base_bare(whole: dict[int, Store], t
 
 
 def test_what_decides_the_outcome_is_trained_anew(tmp_path: Path) -> None:
-    store, data = memory(), user_file(tmp_path / "u.jsonl", USERS, order=["ann", "bob"])
-    run(store, data)
+    data = user_file(tmp_path / "u.jsonl", USERS, order=["ann", "bob"])
     for changed in (
         {"settings": settings_of(seed=1)},
         {"framing": Framing(template="{input}: ")},
@@ -555,13 +554,45 @@ def test_what_decides_the_outcome_is_trained_anew(tmp_path: Path) -> None:
         {"dev": user_file(tmp_path / "d.jsonl", DEV)},
         {"init_from": warm_start(cached_base())},
     ):
-        assert [report.skipped for report in run(store, data, **changed)] == [False, False]
-        assert [report.skipped for report in run(store, data, **changed)] == [True, True]
-    assert store.get("ann").dtype == "bfloat16"
+        # each against the run without it alone
+        store = memory()
+        run(store, data)
+        assert [report.skipped for report in run(store, data, **changed)] == [False, False], changed
+        assert [report.skipped for report in run(store, data, **changed)] == [True, True], changed
+    store = memory()
+    run(store, data)
     users = {"ann": USERS["ann"], "bob": [*USERS["bob"], {"input": "more", "output": "rows"}]}
-    last = {"init_from": warm_start(cached_base())}
-    reports = {report.user: report.skipped for report in run(store, user_file(tmp_path / "v.jsonl", users), **last)}
+    reports = {report.user: report.skipped for report in run(store, user_file(tmp_path / "v.jsonl", users))}
     assert reports == {"ann": True, "bob": False}
+
+
+def test_another_base_dtype_version_or_chat_template_is_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen without tokenizing, where the rows are hashed alone."""
+    data, settings = user_file(tmp_path / "u.jsonl", USERS, order=["ann", "bob"]), settings_of(epochs=1)
+    base = fresh_base()
+    other = fresh_base(seed=5)
+
+    def skipped(store: Store, base: Base) -> list[bool]:
+        given = {"settings": settings, "save_dtype": torch.float32}
+        return [report.skipped for report in train_many(base, data, store, **given)]  # type: ignore[arg-type]
+
+    for change in ("base", "dtype", "version", "chat template", "end"):
+        store = memory()
+        assert skipped(store, base) == [False, False]
+        assert skipped(store, base) == [True, True]
+        with monkeypatch.context() as patch:
+            now = {"base": other, "dtype": fresh_base(dtype=torch.bfloat16)}.get(change, base)
+            if change == "version":
+                patch.setattr(foreword.many, "__version__", "another")
+                patch.setattr("foreword.learner.__version__", "another")
+            elif change == "chat template":
+                patch.setattr(base.tokenizer, "chat_template", "{{ messages }}")
+                patch.setattr(Learner, "identity", lambda _: "not looked at")
+            elif change == "end":
+                patch.setattr(type(base), "end_id", property(lambda _: 7))
+            assert skipped(store, now) == [False, False], change
 
 
 def test_who_is_done_is_known_without_tokenizing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

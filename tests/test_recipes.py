@@ -47,6 +47,18 @@ def test_the_papers_recipes_are_its_table() -> None:
     }
     assert told == PAPER
     assert RECIPES["paper-xsum"].options["max_input_tokens"] == 512
+    for name, one in RECIPES.items():
+        if name.startswith("paper-"):
+            # the paper's code: an MLP from a random start, transformers' schedule and clipping of 2020, beams
+            others = {"reparametrization": "mlp", "init": "random", "warmup": 0.0, "clip": 1.0, "weight_decay": 0.0}
+            assert {key: one.options[key] for key in others} == others
+            assert one.options["hidden"] == (800 if name == "paper-xsum" else 512)
+            assert one.generation["num_beams"] == (6 if name == "paper-xsum" else 5)
+
+
+def test_the_recipe_for_e2e_is_the_defaults_that_were_measured() -> None:
+    assert TrainSettings(**RECIPES["e2e"].options) == TrainSettings(lr=1e-3)
+    assert RECIPES["e2e"].generation == {"num_beams": 5}
 
 
 def test_a_recipe_that_is_not_there() -> None:

@@ -878,6 +878,29 @@ def test_stopping_cuts_off_what_takes_too_long(tmp_path: Path) -> None:
 # figures and logs
 
 
+def test_figures_of_the_engine_are_told_under_their_own_names(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("running", "waiting", "resident_prefixes", "resident_bytes", "budget_bytes", "hits", "loads", "evictions")
+    own = dict(zip(names, range(11, 19), strict=True))
+    monkeypatch.setattr(world.engine, "figures", lambda: Figures(**own))
+    with world.http() as client:
+        told = figures(client)
+    for name in ("running", "waiting", "resident_prefixes", "resident_bytes"):
+        assert told[f"foreword_engine_{name}", ()] == own[name]
+    assert told["foreword_engine_resident_budget_bytes", ()] == own["budget_bytes"]
+    for name in ("hits", "loads", "evictions"):
+        assert told[f"foreword_engine_prefix_{name}_total", ()] == own[name]
+
+
+def test_keys_that_are_added_at_once_all_stay(tmp_path: Path) -> None:
+    def add(n: int) -> str:
+        return KeyFile(tmp_path / "keys.json").add(label=f"{n}")[0].id
+
+    with ThreadPoolExecutor(8) as threads:
+        ids = list(threads.map(add, range(24)))
+    assert {key.id for key in KeyFile(tmp_path / "keys.json").known()} == set(ids)
+    assert len(set(ids)) == 24
+
+
 def test_metrics(world: World) -> None:
     world.put("a", "b")
     with world.http() as client:

@@ -67,6 +67,43 @@ def residents_of(store: Store, budget: int) -> Residents:
     return Residents(store, lambda prefix: prefix, budget=budget)
 
 
+def test_who_waits_for_what_cannot_be_read_is_told_too(store: CountingStore) -> None:
+    version, both, errors = put(store, "a", 1), threading.Barrier(2), []
+    residents = residents_of(store, 9 * BYTES)
+
+    def fail() -> None:
+        until(lambda: waiting.is_alive())
+        time.sleep(0.05)
+        raise PrefixFileError("damaged")
+
+    def ask() -> None:
+        try:
+            residents.acquire(version)
+        except PrefixFileError as error:
+            errors.append(str(error))
+
+    del both
+    store.before = fail
+    waiting = threading.Thread(target=ask)
+    first = threading.Thread(target=ask)
+    first.start()
+    waiting.start()
+    for one in (first, waiting):
+        one.join(20)
+        assert not one.is_alive(), "it waits for ever"
+    assert errors == ["damaged"] * 2
+
+
+def test_what_is_to_be_forgotten_is_given_to_nobody_new(store: CountingStore) -> None:
+    version = put(store, "a", 1)
+    residents = residents_of(store, 9 * BYTES)
+    with holding(residents, version):
+        assert residents.acquire_now(version.sha256) is not None
+        residents.release(version)
+        residents.forget({version.sha256})
+        assert residents.acquire_now(version.sha256) is None
+
+
 def test_the_least_recently_used_goes_first(store: CountingStore) -> None:
     residents = residents_of(store, 3 * BYTES)
     a, b, c, d = (put(store, name, seed) for seed, name in enumerate("abcd"))

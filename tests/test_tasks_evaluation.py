@@ -108,6 +108,38 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (done[0], sum(done)) == (2, 5)
 
 
+def test_what_is_done_is_on_disk_at_once_and_until_all_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 runs nothing more, and a disk may be full at the end."""
+    base, prefix = of_gpt2()
+    file, kept = tmp_path / "o.jsonl", []
+
+    def look(rows: int) -> None:
+        part = tmp_path / "o.jsonl.part"
+        kept.append(part.read_bytes().count(b"\n") if part.exists() else 0)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("foreword.outputs.write_jsonl", full)
+        with pytest.raises(OSError, match="No space left"):
+            outputs_of(lambda: base, prefix, EXAMPLES, SETTINGS, file, on_rows=look)
+    assert kept[0] == 0
+    assert kept[1:] == sorted(set(kept[1:]))
+    assert kept[-1] == len(EXAMPLES)
+    assert len(outputs_of(never, prefix, EXAMPLES, SETTINGS, file)) == len(EXAMPLES)
+
+
+def test_outputs_of_another_version_are_another_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, prefix = of_gpt2()
+    outputs_of(lambda: base, prefix, EXAMPLES, SETTINGS, tmp_path / "o.jsonl")
+    monkeypatch.setattr("foreword.outputs.__version__", "another")
+    with pytest.raises(SettingsError, match="is of another run"):
+        outputs_of(never, prefix, EXAMPLES, SETTINGS, tmp_path / "o.jsonl")
+
+
 @pytest.mark.parametrize("unfinished", [False, True])
 def test_outputs_of_another_evaluation_are_not_taken(tmp_path: Path, unfinished: bool) -> None:
     base, prefix = of_gpt2()

@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
+from reference import logits_by_hand
 from tiny import BUILDERS, CONTEXT, EOS, base_bytes, random_prefix, tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
@@ -30,7 +31,7 @@ from foreword.bases import Base
 from foreword.checkpoint import check_out, checkpoint_of
 from foreword.data import batches, collate, rows_of
 from foreword.errors import DataError, SettingsError, TooLongError, TrainingError, WrongBaseError
-from foreword.learner import Learner
+from foreword.learner import Learner, make_trainable
 from foreword.learner import checkpointing as checkpointed
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix
@@ -379,6 +380,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "mlp, accumulation, random start": {
         "settings": settings_of(reparametrization="mlp", hidden=13, accumulation=2, init="random")
     },
+    # three steps an epoch, so that it is killed in the middle of one
+    "accumulation within an epoch, mlp": {
+        "settings": settings_of(batch_size=1, reparametrization="mlp", hidden=13, accumulation=3)
+    },
     "development rows, patience": {
         "dev": contrary(),
         "settings": settings_of(batch_size=4, lr=0.3, warmup=0.0, epochs=9, patience=2),
@@ -386,7 +391,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "every"), [*zip(RUNS, (3, 2, 1), strict=True)])
+@pytest.mark.parametrize(("name", "every"), [*zip(RUNS, (3, 2, 1, 1), strict=True)])
 def test_killed_at_any_step_and_resumed_is_the_run_that_was_not_killed(tmp_path: Path, name: str, every: int) -> None:
     run = {**RUNS[name], "checkpoint_every": every}
     whole, steps = tmp_path / "whole.safetensors", []
@@ -856,6 +861,63 @@ def test_virtual_tokens_count_toward_the_context() -> None:
     assert train(base, room, settings=settings_of(epochs=1)).length == 5
     with pytest.raises(TooLongError, match="after 6 virtual tokens"):
         train(base, room, settings=settings_of(epochs=1, length=6))
+
+
+@pytest.mark.parametrize("dev", [False, True], ids=["training", "judging"])
+def test_an_infix_is_learnt_as_one(dev: bool) -> None:
+    """[x; infix; y] in the first step, by hand; and where the development rows are judged."""
+    base, rows = fresh_base(dtype=torch.float64), ROWS[:3]
+    start = make_trainable(base, rows_of(base, rows, Framing(), length=5), settings_of(infix=True, init="random"), None)
+    sections = start.fold(Card(base="b", fingerprint=base.fingerprint)).sections
+    losses: dict[bool, list[float]] = {}
+    for infix in (True, False):
+        seen: list[float] = []
+        settings = settings_of(infix=infix, init="random", batch_size=3, epochs=1, lr=1e-12)
+        judged = {"dev": rows} if dev else {}
+        told = lambda p, to=seen: to.append(p.dev_loss if dev else p.loss)  # noqa: E731
+        train(base, rows, settings=settings, on_step=told, **judged)
+        losses[infix] = seen
+    total, count = 0.0, 0
+    for row in rows_of(base, rows, Framing(), length=5):
+        tokens = torch.tensor([[*row.x, *row.y]])
+        logits = logits_by_hand(base.model, [sections], tokens, infix=[len(row.x) - 1])[0, len(row.x) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(row.y), reduction="sum").item()
+        count += len(row.y)
+    assert losses[True] == [pytest.approx(total / count, abs=1e-7)]
+    assert losses[False] != [pytest.approx(total / count, abs=1e-3)]
+
+
+def test_what_is_learnt_is_never_below_float32() -> None:
+    """Small steps would be lost in a base's own bfloat16."""
+    learner = Learner(fresh_base(dtype=torch.bfloat16), ROWS, dev=None, settings=settings_of(), framing=Framing())
+    for group in learner.optimizer.param_groups:
+        assert {parameter.dtype for parameter in group["params"]} == {torch.float32}
+    for parameter in learner.trainable.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    learner.update(1.0)
+    for state in learner.optimizer.state.values():
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
+
+
+def test_a_longer_y_is_cut_in_training_and_judging() -> None:
+    settings = settings_of(max_output_tokens=4)
+    learner = Learner(cached_base(), ROWS, dev=DEV, settings=settings, framing=Framing())
+    for rows in (learner.rows, learner.dev_rows):
+        assert max(len(row.y) for row in rows) == 5
+        assert {row.y[-1] for row in rows} == {EOS}
+
+
+def test_the_cards_losses_are_the_means_of_the_first_and_the_last_epoch() -> None:
+    losses: dict[int, list[float]] = {}
+    prefix = train(
+        cached_base(),
+        ROWS,
+        settings=settings_of(epochs=3),
+        on_step=lambda p: losses.setdefault(p.epoch, []).append(p.loss),
+    )
+    first, last = (sum(losses[epoch]) / len(losses[epoch]) for epoch in (1, 3))
+    assert prefix.card.metrics == {"first_epoch_loss": pytest.approx(first), "train_loss": pytest.approx(last)}
+    assert first > last
 
 
 def test_infix_trains_and_comes_back() -> None:
