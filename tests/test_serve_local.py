@@ -8,7 +8,7 @@ import math
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -353,10 +353,10 @@ def test_numbers_that_overflow_stay_with_their_row(
                     asyncio.create_task(pieces_of(engine, llama.request(f"{name}", "text", name, max_tokens=20)))
                     for name in (None, "two", "five")
                 ]
-                try:
+                # keys of one sign are but a softmax of one place
+                fails = (kind, number) != (0, 1e38)
+                with pytest.raises(PrefixFileError, match="logits are no finite") if fails else nullcontext():
                     await pieces_of(engine, llama.request("bad", "text", "bad", max_tokens=9))
-                except PrefixFileError as error:
-                    assert "logits are no finite numbers" in str(error)  # noqa: PT017
                 for name, one in zip((None, "two", "five"), good, strict=True):
                     assert text_of(await one) == llama.alone("text", name, max_new_tokens=20)
 
