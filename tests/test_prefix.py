@@ -586,16 +586,16 @@ def test_a_write_that_fails_leaves_the_old_file(error: BaseException, tmp_path: 
     assert path.stat().st_mode & 0o777 == 0o640, "who may read it stays"
 
 
-@pytest.mark.parametrize("number", [1.1e4, -3e38])
+@pytest.mark.parametrize("number", [1.1e6, -3e38])
 def test_numbers_that_no_training_makes_are_refused_for_a_base(number: float) -> None:
     base = base_of("llama")
     prefix = random_prefix(base.model, 3)
     layers = [tuple(tensor.clone() for tensor in layer) for layer in prefix.sections["decoder"]]
     card = Card(base=base.name, fingerprint=base.fingerprint)
-    layers[1][1][0, 2, 1] = 9.9e3
+    layers[1][1][0, 2, 1] = 9.9e5
     assert Prefix({"decoder": layers}, card).check(base)
     layers[1][0][0, 2, 1] = number
-    with pytest.raises(PrefixFileError, match=r"decoder.1: expected numbers up to 10,000; got .*, which overflows"):
+    with pytest.raises(PrefixFileError, match=r"decoder.1: expected numbers up to 1,000,000; got .*, which overflows"):
         Prefix({"decoder": layers}, card).check(base)
 
 

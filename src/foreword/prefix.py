@@ -43,8 +43,9 @@ FORMAT = 1
 
 MAX_CARD_BYTES = 1 << 20
 
-LARGEST = 1e4
-"""Keys and values beyond this overflow in a base's attention, which would spoil the rows beside; trained ones are in the tens."""
+LARGEST = 1e6
+"""Keys and values far beyond this overflow in a base's attention, which would spoil the rows beside; T5's own go to tens of
+thousands."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """What keys and values may be made of; narrower numbers have no arithmetic of their own."""
