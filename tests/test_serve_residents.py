@@ -68,7 +68,7 @@ def residents_of(store: Store, budget: int) -> Residents:
 
 
 def test_who_waits_for_what_cannot_be_read_is_told_too(store: CountingStore) -> None:
-    version, both, errors = put(store, "a", 1), threading.Barrier(2), []
+    version, errors = put(store, "a", 1), []
     residents = residents_of(store, 9 * BYTES)
 
     def fail() -> None:
@@ -82,7 +82,6 @@ def test_who_waits_for_what_cannot_be_read_is_told_too(store: CountingStore) -> 
         except PrefixFileError as error:
             errors.append(str(error))
 
-    del both
     store.before = fail
     waiting = threading.Thread(target=ask)
     first = threading.Thread(target=ask)

@@ -98,20 +98,20 @@ class _Slots(nn.Module):
         own = [trainable.matrices() for trainable in self.slots]  # type: ignore[operator]
         self.computed = {section: torch.stack([matrices[section] for matrices in own]) for section in self.shapes}
         self.seen = {section: matrix.detach().requires_grad_() for section, matrix in self.computed.items()}
+        self.gathered = [torch.zeros_like(matrix) for matrix in self.seen.values()]
 
     def forward(self) -> Stack:
         return Stack({section: layers_of(matrix, self.shapes[section]) for section, matrix in self.seen.items()})
 
     def gather(self, loss: torch.Tensor) -> None:
         """Add a batch's gradients to those of P_θ: all of them or, where memory does not suffice, none."""
-        seen = list(self.seen.values())
-        for matrix, gradient in zip(seen, torch.autograd.grad(loss, seen), strict=True):
-            matrix.grad = gradient if matrix.grad is None else matrix.grad + gradient
+        gradients = torch.autograd.grad(loss, list(self.seen.values()))
+        for total, gradient in zip(self.gathered, gradients, strict=True):
+            total += gradient
 
     def backward(self) -> None:
         """Give the parameters the gradients that P_θ has gathered since `compute`."""
-        gradients = [torch.zeros_like(matrix) if matrix.grad is None else matrix.grad for matrix in self.seen.values()]
-        torch.autograd.backward(list(self.computed.values()), gradients)
+        torch.autograd.backward(list(self.computed.values()), self.gathered)
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,14 +238,20 @@ class Prefix:
                 f"the prefix's layers do not fit the base {base.name!r}, though its card, for {self.card.base!r}, says so: "
                 "the file is damaged"
             )
-        for section, i, keys, values in self._walk():
-            largest = max(keys.abs().max().item(), values.abs().max().item())
-            if largest > LARGEST:
-                raise PrefixFileError(
-                    f"{section}.{i}: expected numbers up to {LARGEST:,.0f}; got {largest:.3g}, which overflows in the base: train "
-                    "the prefix anew"
-                )
+        largest, where = self._largest
+        if largest > LARGEST:
+            raise PrefixFileError(
+                f"{where}: expected numbers up to {LARGEST:,.0f}; got {largest:.3g}, which overflows in the base: train the prefix "
+                "anew"
+            )
         return self
+
+    @cached_property
+    def _largest(self) -> tuple[float, str]:
+        """The largest number but for its sign, and its layer: found once, since every `generate` checks its prefixes."""
+        return max(
+            (tensor.abs().max().item(), f"{section}.{i}") for section, i, *layer in self._walk() for tensor in layer
+        )
 
     def to_bytes(self, dtype: torch.dtype = torch.bfloat16) -> bytes:
         """The whole file, with tensors in `dtype`, see `check_dtype`.

@@ -204,7 +204,6 @@ class KeyFile:
                 if self.path.exists():
                     # or the server that reads it may be locked out by whoever changes it
                     status = self.path.stat()
-                    aside.chmod(status.st_mode & 0o777)
                     with suppress(OSError):
                         os.chown(aside, status.st_uid, status.st_gid)
                 aside.write_text(json.dumps(raw, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

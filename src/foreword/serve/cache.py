@@ -109,12 +109,10 @@ class RunningCache(Cache):
     def leave(self, row: int) -> None:
         """Let a row go; the last row takes its number."""
         last = self.rows - 1
-        if row != last:
-            for layer in self._own:
-                for buffer in layer.buffers:
-                    buffer[row, :, self.start : self.end] = buffer[last, :, self.start : self.end]
         for layer in self._own:
             for buffer in layer.buffers:
+                if row != last:
+                    buffer[row, :, self.start : self.end] = buffer[last, :, self.start : self.end]
                 # whoever joins there has it masked, and what is masked must be finite
                 buffer[last, :, self.start : self.end] = 0
         self.lengths[row] = self.lengths[last]
