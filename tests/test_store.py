@@ -127,6 +127,20 @@ def probe() -> Iterator[type[ProbeFileSystem]]:
     ProbeFileSystem.before = None
 
 
+@pytest.fixture(params=["whole", "renamed"])
+def written(request: pytest.FixtureRequest, probe: type[ProbeFileSystem], monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the probe has its files written: in one operation, or aside and renamed."""
+
+    def rename(self: ProbeFileSystem, old: str, new: str, **more: Any) -> None:
+        self._tell("mv", old)
+        if not self.exists(old):
+            raise FileNotFoundError(old)
+        self.store[new] = self.store.pop(old)
+
+    if request.param == "renamed":
+        monkeypatch.setattr(probe, "mv", rename)
+
+
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """An S3 bucket on this machine. s3fs and moto are in no extra: aiobotocore wants an older python-dateutil than ours."""
@@ -936,6 +950,7 @@ def state(store: Store) -> dict[str, list[str]]:
     return {name: [version.sha256[:8] for version in store.versions(name)] for name in names}
 
 
+@pytest.mark.usefixtures("written")
 @pytest.mark.parametrize("name", ACTIONS)
 def test_a_crash_at_any_moment_leaves_the_old_or_the_new(probe: type[ProbeFileSystem], name: str) -> None:
     action, clock = ACTIONS[name], Clock()
@@ -1003,6 +1018,7 @@ def test_rebuild_ends_what_was_cut_off(probe: type[ProbeFileSystem], again: bool
     assert len([path for path in files_of(store, "names") if key_of("alice") in path]) == (3 if again else 1)
 
 
+@pytest.mark.usefixtures("written")
 @pytest.mark.parametrize("inner", ACTIONS)
 @pytest.mark.parametrize("outer", ACTIONS)
 def test_another_at_any_moment(probe: type[ProbeFileSystem], outer: str, inner: str) -> None:
@@ -1043,6 +1059,42 @@ def test_another_at_any_moment(probe: type[ProbeFileSystem], outer: str, inner: 
         assert state(store) == found
 
 
+@pytest.mark.parametrize("written", ["renamed"], indirect=True)
+@pytest.mark.parametrize(("outer", "moment"), [("put", "pipe_file"), ("delete", "rm")])
+@pytest.mark.usefixtures("written")
+def test_deletions_that_clear_a_name_away_twice(probe: type[ProbeFileSystem], outer: str, moment: str) -> None:
+    """One removes the name that a put counted on, and another the file aside that is to be the name again."""
+    clock = Clock()
+    store = world(clock)
+    cleared = []
+
+    def clear(path: str) -> None:
+        del probe.store[path]
+        cleared.append(path)
+
+    def step(kind: str, path: str) -> None:
+        if not cleared and kind == moment and "/names/" in path:
+            probe.before = None
+            if outer == "delete":
+                store.put("alice", bytes_of(7))
+            (name,) = (
+                file for file in files_of(store, "names") if file.endswith("name.txt") and key_of("alice") in file
+            )
+            clear(f"{store._files.root}/{name}")
+            probe.before = step
+        elif len(cleared) == 1 and kind == "mv" and ".name.txt." in path:
+            clear(path)
+
+    probe.before = step
+    ACTIONS[outer](store)
+    probe.before = None
+    assert len(cleared) == 2
+    assert state(store)["alice"][0] == hashlib.sha256(bytes_of(7)).hexdigest()[:8]
+    assert len(store.versions("alice")) == (1 if outer == "delete" else 3)
+    assert list(store.verify()) == []
+
+
+@pytest.mark.usefixtures("written")
 @pytest.mark.parametrize("name", ["put", "put new", "delete", "roll back"])
 def test_a_reader_at_every_moment(probe: type[ProbeFileSystem], name: str) -> None:
     """A reader that polls before each operation of a writer hears of the change, once."""

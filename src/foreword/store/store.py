@@ -142,7 +142,13 @@ class Store:
         )
 
     def _write_name(self, key: str, name: str) -> None:
-        self._files.write(f"{home(key)}/name.txt", name.encode())
+        for left in reversed(range(TRIES)):
+            try:
+                return self._files.write(f"{home(key)}/name.txt", name.encode())
+            except FileNotFoundError:
+                # as in `put`; its object is there already, so this alone is done again
+                if not left:
+                    raise
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, the newest first. Empty where there is no such name."""
