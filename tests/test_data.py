@@ -384,8 +384,8 @@ def test_a_long_chat_keeps_what_the_template_puts_last() -> None:
         ([{"role": "user"}], r"got \[\{'role': 'user'\}\]"),
         ([{"role": "user", "content": [{"type": "text", "text": "line\nline"}]}], "got .*'content': "),
         ([{"role": "assistant", "content": "a"}], "expected a message before the assistant's answer; there is none"),
-        ([{"role": "tool", "content": "a"}], "the chat template of 'tiny gpt2' refuses the messages: no tools here"),
-        ([{"role": "odd", "content": "a"}], "the chat template of 'tiny gpt2' refuses the messages: .*'int'"),
+        ([{"role": "tool", "content": "a"}], "the base's chat template refuses the messages: no tools here"),
+        ([{"role": "odd", "content": "a"}], "the base's chat template refuses the messages: .*'int'"),
         ([{"role": "user", "content": "\udc80"}], "expected Unicode text; got a lone surrogate"),
     ],
 )
@@ -410,7 +410,7 @@ def test_a_token_that_the_base_has_not() -> None:
 
 
 def test_a_chat_needs_a_template_and_an_answer() -> None:
-    with refused(DataError, "the base 'tiny gpt2' has no chat template: give rows with 'input' and 'output' instead"):
+    with refused(DataError, "the base has no chat template: give rows with 'input' and 'output' instead"):
         frame(tiny_base("gpt2"), {"messages": TALK}, Framing(chat=True))
     with refused(DataError, "record 1: expected a non-empty output; y is empty"):
         rows_of(tiny_base("gpt2", chat_template=CHAT), [{"messages": TALK}], Framing(chat=True))
@@ -487,7 +487,7 @@ def test_the_longest_row_that_is_taken_fits(family: str) -> None:
     after = "" if family == "bart" else " after 5 virtual tokens"
     with refused(
         TooLongError,
-        f"record 1: expected at most 131 positions, the context of 'tiny {family}'; got {what}{after}: shorten",
+        f"record 1: expected at most 131 positions, the base's context; got {what}{after}: shorten",
     ):
         row(1)
     if family == "bart":

@@ -594,6 +594,23 @@ def test_who_hangs_up_while_sending(world: World, method: str, path: str, caplog
     assert not caplog.records
 
 
+@pytest.mark.parametrize("said", ["content-length: 99", "transfer-encoding: chunked"])
+@pytest.mark.parametrize(("method", "path"), [("PUT", "/v1/prefixes/p"), ("POST", "/v1/completions")])
+def test_who_sends_forever(tmp_path: Path, method: str, path: str, said: str) -> None:
+    """And who waits long for an answer, when the request is whole, is not taken for one."""
+    world = World(tmp_path, timeout=1.0)
+    with world.running(), world.http() as client:
+        host, port = world.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as own:
+            head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{said}\r\n\r\n"
+            own.sendall(head.encode() + (b"1\r\n{\r\n" if "chunked" in said else b"{"))
+            answer = own.makefile("rb").read().decode()
+        assert answer.startswith("HTTP/1.1 408 ")
+        assert "expected the whole request within 1 s; send it faster" in answer
+        world.engine.open.clear()
+        assert world.complete(client).status_code == 504
+
+
 def test_too_many(tmp_path: Path) -> None:
     world = World(tmp_path, max_texts=3)
     with world.running(), world.http() as client:

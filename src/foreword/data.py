@@ -320,16 +320,12 @@ def _check_messages(messages: Any, where: str) -> tuple[list[dict[str, str]], st
 
 def _chat(base: Base, messages: list[dict[str, str]], where: str) -> str:
     if base.tokenizer.chat_template is None:
-        raise DataError(
-            f"the base {base.name!r} has no chat template: give rows with 'input' and 'output' instead of 'messages'"
-        )
+        raise DataError("the base has no chat template: give rows with 'input' and 'output' instead of 'messages'")
     try:
         text = base.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
         # a template is a program, and may trip over anything
-        raise DataError(
-            f"{where}: the chat template of {base.name!r} refuses the messages: {one_line(error)}"
-        ) from None
+        raise DataError(f"{where}: the base's chat template refuses the messages: {one_line(error)}") from None
     assert isinstance(text, str)
     return text
 
@@ -404,7 +400,7 @@ def check_fits(base: Base, x: int, y: int, length: int, where: str) -> None:
     if needed > base.context:
         what = f"x of {x} and y of {y} tokens" + ("" if base.is_encoder_decoder else f" after {length} virtual tokens")
         raise TooLongError(
-            f"{where}: expected at most {base.context} positions, the context of {base.name!r}; got {what}: shorten it, or "
+            f"{where}: expected at most {base.context} positions, the base's context; got {what}: shorten it, or "
             "train with max_input_tokens"
         )
 

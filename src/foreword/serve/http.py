@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from os import PathLike
@@ -68,7 +69,7 @@ def create_app(
         title="foreword",
         version=__version__,
         lifespan=lifespan,
-        responses={status: error for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)},
+        responses={status: error for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)},
         exception_handlers={
             RequestValidationError: problems.on_invalid,
             HTTPException: problems.on_http,
@@ -89,10 +90,11 @@ def create_app(
 
 
 class Bounded:
-    """Around an application: no request's body is read further than it may be long, or before it is known whose it is.
+    """Around an application: no request's body is read further than it may be long, or before it is known whose it is, or
+    later than a request may last.
 
     Args:
-        service: knows the keys.
+        service: knows the keys, and the settings.
     """
 
     def __init__(self, app: ASGIApp, service: Service):
@@ -104,11 +106,12 @@ class Bounded:
         # one that says itself that it is too long is refused unread
         told = int(said[:20]) if said.isdigit() else 0
         seen = 0
+        deadline: float | None = asyncio.get_running_loop().time() + self.service.settings.timeout
         known = scope.get("method") not in ("POST", "PUT")
         too_large = HTTPException(413, f"expected a request of at most {limit:,} bytes; got a larger one")
 
         async def counted() -> Message:
-            nonlocal seen, known
+            nonlocal seen, known, deadline
             if not known:
                 # raised here, an HTTPException alone passes through FastAPI as it is
                 try:
@@ -118,7 +121,15 @@ class Bounded:
                 known = True
             if told > limit:
                 raise too_large
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                seconds = self.service.settings.timeout
+                raise HTTPException(408, f"expected the whole request within {seconds:g} s; send it faster") from None
+            if not message.get("more_body"):
+                # from here on it is awaited that the client goes
+                deadline = None
             seen += len(message.get("body", b""))
             if seen > limit:
                 raise too_large

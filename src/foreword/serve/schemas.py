@@ -38,9 +38,9 @@ def _few(value: Any) -> Any:
 
 
 class _Given(BaseModel):
-    """A part of a request. What it has too much is an error, of which one is told."""
+    """A part of a request. What it has too much is an error, of which one is told; "3" and true are no numbers."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
