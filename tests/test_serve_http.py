@@ -700,6 +700,91 @@ def test_limits_of_a_key() -> None:
     assert caught.value.retry_after == 60
 
 
+def test_when_to_come_back_is_what_texts_have_taken() -> None:
+    now = [0.0]
+    limits = Limits(1, clock=lambda: now[0])
+
+    def wait() -> int:
+        with (
+            limits.entered(Key(id="a", sha256=""), 1, 0),
+            pytest.raises(TooManyError) as caught,
+            limits.entered(Key(id="b", sha256=""), 1, 0),
+        ):
+            pass
+        return caught.value.retry_after
+
+    def take(seconds: float, times: int) -> None:
+        for _ in range(times):
+            with limits.entered(Key(id="a", sha256=""), 1, 0):
+                now[0] += seconds
+
+    assert wait() == 1
+    take(17.0, 1)
+    # an eighth of each is new
+    assert 2 < wait() < 5
+    take(17.0, 100)
+    assert 15 <= wait() <= 17
+    take(1000.0, 100)
+    assert wait() == 60
+
+
+def test_names_and_cards_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    names = ["n" * i for i in range(1, 8)]
+    world.put(*names)
+    looked, read = [], []
+    newest, whole = world.store.newest, world.store.read
+    monkeypatch.setattr(world.store, "newest", lambda name: looked.append(name) or newest(name))
+    monkeypatch.setattr(world.store, "read", lambda version: read.append(version.name) or whole(version))
+    catalog = Catalog(world.store, world.engine, 60.0)
+
+    async def find(*names: str) -> None:
+        for name in names:
+            assert (await catalog.find(name)).version.name == name
+
+    asyncio.run(find(names[0]))
+    size = catalog._bytes
+    monkeypatch.setattr("foreword.serve.catalog.POLL", 600.0)
+    monkeypatch.setattr("foreword.serve.catalog.MAX_BYTES", 4 * size + size // 2)
+    monkeypatch.setattr("foreword.serve.catalog.MAX_NAMES", 5)
+    asyncio.run(find(*names[1:4], names[0]))
+    assert read == names[:4]
+    # the one that was used the longest ago makes room
+    asyncio.run(find(names[4], names[0], names[1]))
+    assert read == [*names[:5], names[1]]
+    looked.clear()
+    asyncio.run(find(names[6], names[5]))
+    assert looked == [names[6], names[5]]
+    assert len(catalog._newest) == len(catalog._contents) == 5
+    assert len(catalog._entries) == 4
+    assert catalog._bytes == sum(size for _, size in catalog._entries.values()) <= 4 * size + size // 2
+    catalog.threads.close()
+
+
+def test_changes_are_looked_for_again_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path)
+    world.put("alice")
+    changes, failed = world.store.changes, []
+
+    def fail_twice(since: Any) -> Any:
+        if len(failed) < 2:
+            failed.append(since)
+            raise OSError("the network is down")
+        return changes(since)
+
+    monkeypatch.setattr("foreword.serve.catalog.POLL", 0.05)
+    with world.running(), world.http() as client:
+        assert world.complete(client, "alice").status_code == 200
+        monkeypatch.setattr(world.store, "changes", fail_twice)
+        Store(tmp_path / "store").delete("alice")
+        until(lambda: world.app.state.service.catalog._entries == {})
+    assert len(failed) == 2
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+    assert said == ["cannot look at the store's changes"] * 2
+
+
 def test_limits_over_http(tmp_path: Path) -> None:
     world = World(tmp_path, keys=True)
     assert world.keys is not None
@@ -1084,3 +1169,13 @@ def test_a_folder_s_path_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in (".", "~/my-base", "../my-base/"):
         base = foreword.Base(base.model, base.tokenizer, name)
         assert create_app(base, store, engine=FakeEngine()).state.service.base_name == "my-base"
+
+
+def test_whole_numbers_are_integers_however_they_are_written() -> None:
+    given = CompletionRequest.model_validate(
+        {"model": BASE, "prompt": "x", "max_tokens": 7.0, "temperature": 1, "seed": 1e3}
+    )
+    assert (given.max_tokens, given.temperature, given.seed) == (7, 1.0, 1000)
+    for value in (7.5, "7", True, math.inf, math.nan, 1e300):
+        with pytest.raises(ValidationError):
+            CompletionRequest.model_validate({"model": BASE, "prompt": "x", "max_tokens": value})

@@ -48,6 +48,10 @@ class _Given(BaseModel):
         if not isinstance(given, dict):
             return given
         set_ = {name: value for name, value in given.items() if value is not None}
+        # JSON has one kind of numbers: 3.0 is an integer, too
+        set_ = {
+            name: int(value) if type(value) is float and value.is_integer() else value for name, value in set_.items()
+        }
         unknown = next((name for name in set_ if name not in cls.model_fields), None)
         return {name: value for name, value in set_.items() if name in cls.model_fields or name == unknown}
 
