@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import foreword.attach
 import foreword.attention
 from foreword.attach import FAMILIES, Stack, attach, section_shapes
 from foreword.attention import Mask
@@ -801,6 +804,17 @@ def test_infix_stands_between_x_and_y(family: str, masked: bool) -> None:
         assert (logits - bare)[b, n:][real[b, n:]].abs().amax(-1).min() > 1e-3
 
 
+def test_an_infix_counts_for_all_beams_of_its_row() -> None:
+    model = model64("llama")
+    prefix = random_prefix(model, P)
+    inputs = {name: tensor.repeat_interleave(3, 0) for name, tensor in batch_of("llama", lengths=[7, 6]).items()}
+    with attach(model, prefix) as attachment:
+        attachment.infix = torch.tensor([4, 2])
+        logits = model(**inputs, use_cache=False).logits
+        attachment.infix = torch.tensor([4, 4, 4, 2, 2, 2])
+        assert torch.equal(model(**inputs, use_cache=False).logits, logits)
+
+
 # ---- coming and going ------------------------------------------------------------------------------------
 
 
@@ -1009,3 +1023,31 @@ def test_a_prefix_of_other_shapes_is_refused() -> None:
         match=r"one base; got 3 .* of 5x14 \(of 'tiny gpt2'\) and 3 .* of 2x14 \(of 'tiny llama'\)",
     ):
         Stack.of(prefixes, device=gpt2.device, dtype=gpt2.dtype)
+
+
+def test_of_threads_that_attach_at_once_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    prefix, both = random_prefix(model, P), threading.Barrier(2)
+    free, outcomes = foreword.attach.check_free, []
+
+    def look(model: PreTrainedModel) -> None:
+        free(model)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+
+    def run() -> None:
+        try:
+            outcomes.append(attach(model, prefix))
+        except SettingsError as error:
+            outcomes.append(error)
+
+    monkeypatch.setattr(foreword.attach, "check_free", look)
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (attachment,) = (one for one in outcomes if not isinstance(one, SettingsError))
+    assert len(outcomes) == 2
+    attachment.detach()
+    free(model)

@@ -73,6 +73,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 # the card
 
 
+def test_an_encoder_decoders_card_and_a_summarys() -> None:
+    prefix = told()
+    both = Prefix(dict.fromkeys(("encoder", "decoder", "cross"), prefix.sections["decoder"]), prefix.card)
+    card = ModelCard(model_card(both, name="voice", evaluations=[{**EVALUATION, "task": "summarization"}]))
+    # the hub's widget would call it as a decoder
+    assert card.data.pipeline_tag is None
+    assert {result.task_type for result in card.data.eval_results} == {"summarization"}
+
+
 def test_the_card_is_the_hubs_and_says_what_the_file_says() -> None:
     text = model_card(
         told(),

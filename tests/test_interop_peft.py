@@ -216,6 +216,13 @@ def test_the_card_names_the_base_that_peft_named(damaged: Path, llama: Base) -> 
     assert import_peft(damaged, llama).card.training["base_model_name_or_path"] == "someone/llama"
 
 
+def test_an_export_names_the_base_as_transformers_loaded_it(tmp_path: Path) -> None:
+    base = base_of("llama")
+    base.model.name_or_path = "someone/llama"
+    export_peft(prefix_of(base), base, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["base_model_name_or_path"] == "someone/llama"
+
+
 def test_an_imported_prefix_does_not_hang_on_the_file(damaged: Path, llama: Base) -> None:
     prefix = import_peft(damaged, llama)
     before = prefix.sections["decoder"][0][0].clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import json
 import math
@@ -216,8 +218,17 @@ def test_accumulation_clipping_decay_and_checkpointing_are_each_users_own(family
     settings = settings_of(
         accumulation=3, clip=0.02, weight_decay=0.1, epochs=3, gradient_checkpointing=True, warmup=0.4
     )
-    base = cached_base(family, torch.float64)
-    prefixes, _ = many(base, user_file(tmp_path / "u.jsonl", USERS), settings=settings, slots=3, rows_at_once=4)
+    base, calls = cached_base(family, torch.float64), collections.Counter()
+    layer = next(module for name, module in base.model.named_modules() if name.endswith((".0.mlp", ".0.fc1")))
+    prefixes: dict[str, Prefix] = {}
+    for checkpointing in (False, True):
+        handle = layer.register_forward_pre_hook(
+            lambda *_, to=checkpointing: calls.update({to: torch.is_grad_enabled()})
+        )
+        one = dataclasses.replace(settings, gradient_checkpointing=checkpointing)
+        prefixes, _ = many(base, user_file(tmp_path / "u.jsonl", USERS), settings=one, slots=3, rows_at_once=4)
+        handle.remove()
+    assert calls[True] == 2 * calls[False] > 0, "layers run again for the backward pass"
     assert_as_alone(prefixes, family, settings)
     assert not any(module.training for module in base.model.modules())
 

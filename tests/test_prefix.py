@@ -556,6 +556,29 @@ def write_half(path: Path, error: BaseException) -> None:
         raise error
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a machine that loses its power has neither."""
+    path, done = tmp_path / "file", []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(number: int) -> None:
+        done.append(("sync", os.fstat(number).st_ino, os.fstat(number).st_size))
+        sync(number)
+
+    def replaced(aside: Path, target: Path) -> Path:
+        done.append(("rename", aside.stat().st_ino, aside.stat().st_size))
+        return replace(aside, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    with write_atomically(path) as aside:
+        aside.write_text("new")
+    inode = path.stat().st_ino
+    assert done == [("sync", inode, 3), ("rename", inode, 3)]
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file(error: BaseException, tmp_path: Path) -> None:
     path = tmp_path / "file"

@@ -60,3 +60,23 @@ def test_an_output_that_is_written_to_is_kept() -> None:
     _, expected = gradient(model, less=False)
     _, got = gradient(model, less=True)
     assert torch.equal(got, expected)
+
+
+def test_an_output_seen_otherwise_is_kept() -> None:
+    """A view of it has its address and its numbers, in another order."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return self.act_fn(x).t() * v
+
+    model, x = Turned(), torch.randn(5, 5, generator=torch.Generator().manual_seed(7))
+    v = torch.ones(5, 5, requires_grad=True)
+    with without_activations(model):
+        out = model(x, v)
+    out.sum().backward()
+    assert v.grad is not None
+    assert torch.equal(v.grad, nn.functional.silu(x).t())

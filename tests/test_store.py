@@ -1347,3 +1347,26 @@ def test_public_names() -> None:
     assert sorted(foreword.store.__all__) == foreword.store.__all__
     assert all(hasattr(foreword.store, name) for name in foreword.store.__all__)
     assert repr(Token(time=1, seen=frozenset({"x"}))) == "Token(time=1)"
+
+
+def test_of_threads_that_list_one_looks_at_the_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "store", create=True)
+    store.put("alice", bytes_of(1))
+    changes, inside, most = store._index.changes, [0], []
+
+    def slowly(since: Any) -> Any:
+        inside[0] += 1
+        most.append(inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+        return changes(since)
+
+    monkeypatch.setattr(store._index, "changes", slowly)
+    pages: list[list[str]] = []
+    threads = [threading.Thread(target=lambda: pages.append(names_of(store))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 5
+    assert pages == [["alice"]] * 5

@@ -31,8 +31,9 @@ from foreword.bases import Base
 from foreword.checkpoint import check_out, checkpoint_of
 from foreword.data import batches, collate, rows_of
 from foreword.errors import DataError, SettingsError, TooLongError, TrainingError, WrongBaseError
-from foreword.learner import Learner, make_trainable
+from foreword.learner import Learner, _start_tokens, make_trainable
 from foreword.learner import checkpointing as checkpointed
+from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import layers_of, matrices_of
@@ -290,8 +291,24 @@ def test_progress_counts_real_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     train(base, ROWS, dev=DEV, settings=settings_of(), on_step=progress.append)
     once = sum(map(len, rows_of(base, ROWS, Framing())))
     assert [p.tokens for p in progress][3::4] == [once, 2 * once]
+    assert [p.rows for p in progress][3::4] == [len(ROWS), 2 * len(ROWS)]
+    work = sum(map(Work(base, settings_of().length).of, rows_of(base, ROWS, Framing())))
+    assert [p.operations for p in progress][3::4] == pytest.approx([work, 2 * work], rel=1e-12)
     assert [p.seconds for p in progress] == sorted(p.seconds for p in progress)
     assert [p.dev_loss is None for p in progress] == [True, True, True, False] * 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_a_prefix_starts_from_as_many_first_rows_as_it_takes(family: str) -> None:
+    base = cached_base(family)
+    rows = rows_of(base, ROWS, Framing())
+    own = [row.x if family == "bart" else [*row.x, *row.y] for row in rows]
+    for count in (1, 2, 3):
+        x = [token for one in own[:count] for token in one]
+        y = [token for row in rows[:count] for token in row.y]
+        enough = min(len(x), len(y))
+        assert _start_tokens(base, rows, settings_of(length=enough)) == (x, y)
+        assert _start_tokens(base, rows, settings_of(length=enough + 1)) != (x, y)
 
 
 # what the development rows are for
