@@ -482,7 +482,7 @@ def test_a_store_that_has_gone_is_no_prefix_that_has(world: World, tmp_path: Pat
 
 def test_a_store_that_hangs_keeps_nobody_else_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor the end of the server."""
-    world = World(tmp_path, timeout=1.0, grace=0.0)
+    world = World(tmp_path, timeout=3.0, grace=0.0)
     world.put("alice", "bob")
     read, go_on = world.store.read, threading.Event()
 
@@ -497,9 +497,8 @@ def test_a_store_that_hangs_keeps_nobody_else_waiting(tmp_path: Path, monkeypatc
             assert world.complete(client, "alice").status_code == 200
             hung = [clients.submit(world.complete, client, "bob") for _ in range(9)]
             for model in ("alice", BASE):
-                began = time.monotonic()
                 assert world.complete(client, model).status_code == 200
-                assert time.monotonic() - began < 0.9
+            assert not any(one.done() for one in hung)
             for one in hung:
                 assert (one.result().status_code, error_of(one.result())["code"]) == (503, "store_unavailable")
             began = time.monotonic()
