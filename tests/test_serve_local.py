@@ -116,6 +116,24 @@ async def settled(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+def test_a_stop_string_that_half_a_character_makes_at_the_end(llama: World) -> None:
+    """What its bytes are is certain when no more come."""
+
+    async def run() -> list[tuple[str, str | None]]:
+        async with llama.engine() as engine:
+            for seed in range(50):
+                how = {"max_tokens": 1, "temperature": 1.0, "seed": seed}
+                said = []
+                for stop in ((), ("\ufffd",)):
+                    pieces = await pieces_of(engine, llama.request(f"{seed}{stop}", "abc", None, stop=stop, **how))
+                    said.append((text_of(pieces), pieces[-1].finish))
+                if said[0][0] == "\ufffd":
+                    break
+            return said
+
+    assert asyncio.run(run()) == [("\ufffd", "length"), ("", "stop")]
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_rows": 3}, {"cache_bytes": 300, "prefix_bytes": 41}, {"max_rows": 1, "prefix_bytes": 31}],

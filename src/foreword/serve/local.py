@@ -345,6 +345,7 @@ class LocalEngine(Engine):
                 finish = "length"
             if finish is not None:
                 text += job.text.end()
+                finish = "stop" if job.text.stopped else finish
                 self._runner.leave(row)
                 self._end(job)
             if finish is not None or text:
