@@ -180,6 +180,7 @@ def test_each_as_if_alone(world: World, options: dict[str, int]) -> None:
 
 def test_rows_are_put_off_and_go_on(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
+    ended: list[int] = []
     leave = Runner.leave
     monkeypatch.setattr(Runner, "leave", lambda self, row: left.append(len(row.y)) or leave(self, row))
     monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
@@ -189,14 +190,60 @@ def test_rows_are_put_off_and_go_on(llama: World, monkeypatch: pytest.MonkeyPatc
         # memory for one whole context and half of another
         async with llama.engine(cache_bytes=197 * 3 * 2 * 2 * 14 * 4) as engine:
             assert engine.context == CONTEXT
-            requests = (llama.request(str(i), text, name, max_tokens=60) for i, (text, name) in enumerate(asked))
-            return [text_of(pieces) for pieces in await asyncio.gather(*(pieces_of(engine, one) for one in requests))]
+            requests = [llama.request(str(i), text, name, max_tokens=60) for i, (text, name) in enumerate(asked)]
+
+            async def ask(request: Request) -> str:
+                text = text_of(await pieces_of(engine, request))
+                ended.append(int(request.id))
+                return text
+
+            return await asyncio.gather(*map(ask, requests))
 
     answers = asyncio.run(run())
+    assert ended == sorted(ended), "the youngest makes room, and is the first to go on"
     monkeypatch.setattr("foreword.generation.end_ids", lambda base: set())
     assert answers == [llama.alone(text, name, max_new_tokens=60) for text, name in asked]
     assert len(left) > 7, "some have left more than once"
     assert sum(length == 60 for length in left) == 7
+
+
+def test_long_inputs_keep_nobody_waiting_for_long(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go through the base a few columns at a time, with a step of the others after each."""
+    turns: list[tuple[str, int, int]] = []
+    advance, step = Runner.advance, Runner.step
+
+    def chunk(self: Runner, prefill: Any, columns: int) -> torch.Tensor | None:
+        turns.append(("chunk", len(prefill.rows), min(columns, prefill.columns)))
+        return advance(self, prefill, columns)
+
+    def count(self: Runner) -> torch.Tensor:
+        turns.append(("step", len(self.rows), 1))
+        return step(self)
+
+    monkeypatch.setattr("foreword.serve.local.PREFILL_TOKENS", 17)
+    monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
+
+    async def run() -> list[str]:
+        async with llama.engine() as engine:
+            first = asyncio.create_task(pieces_of(engine, llama.request("first", "a", None, max_tokens=90)))
+            await settled(lambda: len(engine._runner.rows) == 1)
+            monkeypatch.setattr(Runner, "advance", chunk)
+            monkeypatch.setattr(Runner, "step", count)
+            later = [llama.request(str(i), "x" * (60 + i), None, max_tokens=3) for i in range(4)]
+            texts = [text_of(pieces) for pieces in await asyncio.gather(*(pieces_of(engine, one) for one in later))]
+            assert not first.done()
+            await first
+            return texts
+
+    texts = asyncio.run(run())
+    monkeypatch.setattr("foreword.generation.end_ids", lambda base: set())
+    assert texts == [llama.alone("x" * (60 + i), None, max_new_tokens=3) for i in range(4)]
+    chunks = [i for i, (kind, _, _) in enumerate(turns) if kind == "chunk"]
+    assert max(turns[i][1] for i in chunks) > 1, "some begin together"
+    for i in chunks:
+        _, rows, columns = turns[i]
+        assert rows * columns <= 17
+        assert turns[i + 1][0] == "step"
 
 
 def test_sampling_stop_and_logprobs(words: World) -> None:
