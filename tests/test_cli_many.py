@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,6 +273,15 @@ def test_processes_that_do_not_see_each_other_do_nothing(
         assert ran.code == 2
         assert ran.err == "error: the launcher started 2 processes, and this one sees 1: name --device\n"
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "device"),
+    [(None, 2, "cuda:1"), ("cuda", 2, "cuda:1"), ("cuda:7", 2, "cuda:7"), ("cpu", 2, "cpu"), (None, 1, None), ("cuda", 1, "cuda")],
+)  # fmt: skip
+def test_each_process_has_its_own_device(asked: str | None, processes: int, device: str | None) -> None:
+    state: Any = SimpleNamespace(num_processes=processes, device=torch.device("cuda:1"))
+    assert terminal.device_of(asked, state) == device
 
 
 def test_the_store(run: Run, prefix: Path, tmp_path: Path) -> None:

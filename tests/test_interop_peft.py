@@ -23,7 +23,7 @@ import foreword.interop.peft
 from foreword.attach import attach
 from foreword.bases import Base
 from foreword.errors import ForewordError, PrefixFileError, SettingsError, WrongBaseError
-from foreword.interop import export_peft, import_peft
+from foreword.interop.peft import export_peft, import_peft
 from foreword.prefix import Card, Framing, Prefix
 
 # PEFT 0.21 still calls this property by the name that transformers 5.23 renames

@@ -228,6 +228,23 @@ def test_put_and_get(store: Store) -> None:
     assert list(store.verify()) == []
 
 
+def test_a_version_that_was_listed_is_read_without_a_listing(
+    probe: type[ProbeFileSystem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = world(Clock())
+    newest, oldest = store.versions("alice")
+    asked: list[str] = []
+    probe.before = lambda kind, path: asked.append(kind)
+    assert equal(store.get("alice", oldest), prefix_of(0))
+    assert asked == ["cat_file"]
+    probe.before = None
+    with pytest.raises(NoSuchPrefixError, match="no version"):
+        store.get("bob", newest)
+    store.delete("alice")
+    with pytest.raises(NoSuchPrefixError):
+        store.get("alice", newest)
+
+
 def test_bytes_are_kept_as_they_came(store: Store) -> None:
     data = prefix_of(1).to_bytes(torch.bfloat16)
     assert store.read(store.put("alice", data)) == data

@@ -512,7 +512,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(killed: Path, change: d
 
 def test_other_processes_or_precision_make_another_run() -> None:
     def identity(**how: Any) -> str:
-        return Learner(cached_base(), ROWS, dev=None, settings=settings_of(), framing=Framing(), **how).identity()
+        return Learner(cached_base(), ROWS, dev=None, settings=settings_of(), framing=Framing(), **how).identity
 
     assert identity() == identity(processes=1, precision="no")
     assert len({identity(), identity(processes=2), identity(precision="bf16")}) == 3

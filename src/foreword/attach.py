@@ -194,7 +194,6 @@ class Attachment:
         self.source = source
         self.rows: torch.Tensor | None = None
         self.infix: torch.Tensor | None = None
-        self.starts_at_prefix = not model.config.is_encoder_decoder
         self._signature = inspect.signature(model.forward)
         self._refreshed = False
         self._cached = 0
@@ -272,7 +271,7 @@ class Attachment:
         self._refreshed = False
         self._refresh()
         self._refreshed = True
-        if not self.starts_at_prefix:
+        if self.model.config.is_encoder_decoder:
             return args, kwargs
         given = self._signature.bind(*args, **kwargs).arguments
         kwargs = {**given.pop("kwargs", {}), **given}

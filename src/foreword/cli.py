@@ -162,14 +162,12 @@ def train(
     except ValueError as error:
         # of what its environment variables and configuration file say
         raise SettingsError(f"accelerate refuses its settings: {one_line(error)}") from None
-    t.check_processes(accelerator.num_processes)
+    device = t.device_of(device, accelerator)
     if log_with is not None:
         accelerator.init_trackers(
             "foreword",
             config={k: v for k, v in dataclasses.asdict(settings).items() if isinstance(v, int | float | str)},
         )
-    if device in (None, "cuda") and accelerator.num_processes > 1:
-        device = str(accelerator.device)
     frozen = load_base(base, dtype=dtype, device=device)
     bar = t.bar(TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[speed]} tokens/s"))
     began = time.perf_counter()

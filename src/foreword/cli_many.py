@@ -112,9 +112,7 @@ def train_many(
     store = Store(out_store, create=True)
     # processes end at different times, and wait for each other
     state = PartialState(cpu=t.on_cpu(device), timeout=timedelta(days=30))
-    t.check_processes(state.num_processes)
-    if device is None and state.num_processes > 1:
-        device = str(state.device)
+    device = t.device_of(device, state)
     began = time.perf_counter()
     frozen = load_base(base, dtype=dtype, device=device)
     progress = _Progress(users, settings.epochs, state.process_index, state.num_processes)

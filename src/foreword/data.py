@@ -59,14 +59,12 @@ class Batch:
         inputs: keyword arguments of the model's forward, [B, T].
         y_positions: [B, T] of bool, over the decoder's tokens; where a token of y is predicted.
         labels: [N], all rows' y one after the other, N = `y_positions.sum()`.
-        tokens: real tokens in the batch, x and y; padding and virtual tokens are not counted.
         infix: [B], tokens of x before the last, for the paper's infix ablation.
     """
 
     inputs: dict[str, torch.Tensor]
     y_positions: torch.Tensor
     labels: torch.Tensor
-    tokens: int
     infix: torch.Tensor
 
 
@@ -452,6 +450,5 @@ def collate(base: Base, rows: Sequence[Row]) -> Batch:
         inputs={name: tensor.to(base.device) for name, tensor in inputs.items()},
         y_positions=y_positions.to(base.device),
         labels=labels.to(base.device),
-        tokens=sum(map(len, rows)),
         infix=torch.tensor([len(row.x) - 1 for row in rows]),
     )

@@ -1,4 +1,4 @@
-"""A prefix on the Hugging Face hub: its model card, and the file there and back. Nothing else here knows the hub's API.
+"""A prefix on the Hugging Face hub: its model card, and the file there and back.
 
 A repository of a prefix holds `prefix.safetensors` and `README.md`, the model card.
 """

@@ -1,12 +1,13 @@
 """One prefix while it learns: its rows, what it is computed from, its optimizer and schedule, the best so far.
 
-A learner neither runs the base nor knows of other learners. Whoever trains asks it for the rows of its next step, runs
+A learner runs the base for its start alone, and knows of no other learners. Whoever trains asks it for the rows of its next step, runs
 them, by themselves (`foreword.training`) or among those of others (`foreword.many`), and tells it the loss.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -278,6 +279,7 @@ class Learner:
         for name, value in numbers.items():
             setattr(self, name, value)
 
+    @functools.cached_property
     def identity(self) -> str:
         """Hash of all that decides the outcome: a checkpoint of another run is never gone on from."""
         base = self.base
@@ -306,7 +308,7 @@ class Learner:
                 "lr": settings.peak_lr,
                 "rows": len(self.rows),
                 "steps": self.step,
-                "run": self.identity(),
+                "run": self.identity,
                 "foreword": __version__,
             },
             metrics=dict(self.metrics),

@@ -42,7 +42,8 @@ def token_losses(base: Base, attachment: Attachment, batch: Batch, *, infix: boo
     attachment.infix = batch.infix if infix else None
     with without_activations(base.model) if torch.is_grad_enabled() else nullcontext():
         states = attachment.states_at(batch.y_positions, batch.inputs)
-    losses: torch.Tensor = _TokenLosses.apply(states, attachment.logits, batch.labels, torch.is_grad_enabled())
+    chunk = max(1, CHUNK // base.embeddings.shape[0])
+    losses: torch.Tensor = _TokenLosses.apply(states, attachment.logits, batch.labels, chunk, torch.is_grad_enabled())
     return losses
 
 
@@ -68,13 +69,12 @@ class _TokenLosses(torch.autograd.Function):
         states: torch.Tensor,
         logits_of: Callable[[torch.Tensor], torch.Tensor],
         labels: torch.Tensor,
+        chunk: int,
         grad: bool,
     ) -> torch.Tensor:
         wanted = grad and ctx.needs_input_grad[0]
         losses = torch.empty(len(labels), dtype=torch.promote_types(states.dtype, torch.float32), device=states.device)
         gradient = torch.empty_like(states) if wanted else None
-        # of one token, to know V and the logits' dtype
-        chunk = max(1, CHUNK // logits_of(states[:1]).shape[-1])
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             with torch.set_grad_enabled(wanted):
@@ -88,7 +88,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (ctx.gradient * outer[0][:, None]).to(ctx.gradient.dtype), None, None, None
+        return (ctx.gradient * outer[0][:, None]).to(ctx.gradient.dtype), None, None, None, None
 
 
 def _losses_into(losses: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> None:

@@ -171,7 +171,7 @@ class _Plan:
                 self.base, records, dev=dev, settings=self.settings, framing=self.framing, init_from=self.init_from
             )
             # the rows may read otherwise, in a column that is not looked at, and be the same tokens
-            if there is not None and there[1].training.get("run") == learner.identity():
+            if there is not None and there[1].training.get("run") == learner.identity:
                 return _skipped(user, count, *there)
         except ForewordError as error:
             return UserReport(user=user, rows=count, error=str(error))

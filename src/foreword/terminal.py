@@ -21,6 +21,7 @@ from foreword.settings import TrainSettings
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator, PartialState
 
     from foreword.prefix import Framing, Prefix
 
@@ -116,11 +117,18 @@ def on_cpu(device: str | None) -> bool:
     return device == "cpu" or (device is None and not torch.cuda.is_available())
 
 
-def check_processes(count: int) -> None:
-    """Raise `SettingsError` where fewer processes know of each other than a launcher started: each would do all the work."""
+def device_of(device: str | None, state: PartialState | Accelerator) -> str | None:
+    """The device for the base: that of this process where a launcher started several, unless one by name was asked for.
+
+    Raises:
+        SettingsError: fewer processes know of each other than the launcher started; each would do all the work.
+    """
     started = int(os.environ.get("WORLD_SIZE", 1))
-    if count < started:
-        raise SettingsError(f"the launcher started {started} processes, and this one sees {count}: name --device")
+    if state.num_processes < started:
+        raise SettingsError(
+            f"the launcher started {started} processes, and this one sees {state.num_processes}: name --device"
+        )
+    return str(state.device) if state.num_processes > 1 and device in (None, "cuda") else device
 
 
 @contextmanager

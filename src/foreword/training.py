@@ -161,9 +161,8 @@ def train(
         precision=accelerator.mixed_precision,
     )
     checkpoint = None if out is None else checkpoint_of(out)
-    identity = learner.identity()
     if checkpoint is not None and resume and checkpoint.exists():
-        learner.load_state(*read_checkpoint(checkpoint, identity))
+        learner.load_state(*read_checkpoint(checkpoint, learner.identity))
     # the first to be done removes the checkpoint, which all have seen by now
     accelerator.wait_for_everyone()
 
@@ -207,7 +206,7 @@ def train(
                 on_step(progress)
             due = learner.step % checkpoint_every == 0 or learner.epoch_ended
             if checkpoint is not None and due and accelerator.is_main_process:
-                write_checkpoint(checkpoint, identity, *learner.state())
+                write_checkpoint(checkpoint, learner.identity, *learner.state())
         prefix = learner.finish()
     if out is not None and checkpoint is not None and accelerator.is_main_process:
         prefix.save(out, save_dtype)

@@ -19,6 +19,10 @@ runner.py       the base at work on rows that come and go
 cache.py        keys and values of those rows
 slots.py        their prefixes side by side
 residents.py    prefixes in memory, within a budget
+waiting.py      threads that wait for the store, and are left where it hangs
+vllm.py         an engine on vLLM
+connector.py    within vLLM's processes: prefixes from the store into its cache
+placeholders.py token ids that stand for a prefix there
 fake.py         an engine for tests, which says what it is told to
 """
 

@@ -116,6 +116,10 @@ class KeyFile:
 
     def known(self) -> list[Key]:
         """All keys, the oldest first."""
+        return list(self._by_id().values())
+
+    def _by_id(self) -> dict[str, Key]:
+        """As the file has them, or had them a moment ago; never changed, but replaced."""
         with self._lock:
             now = time.monotonic()
             if now - self._read_at >= RELOAD:
@@ -127,7 +131,7 @@ class KeyFile:
                     if str(error) != self._failed:
                         log.error("the keys that were known stay known: %s", error)
                     self._failed = str(error)
-            return list(self._keys.values())
+            return self._keys
 
     def _load(self) -> None:
         try:
@@ -157,7 +161,7 @@ class KeyFile:
     def find(self, given: str) -> Key | None:
         """The key that was given; None where there is none such. Takes the same time for every wrong one."""
         match = _KEY.fullmatch(given)
-        known = {key.id: key for key in self.known()}.get(match[1]) if match else None
+        known = self._by_id().get(match[1]) if match else None
         expected = known.sha256 if known else "0" * 64
         same = hmac.compare_digest(hashlib.sha256(given.encode(errors="replace")).hexdigest(), expected)
         return known if same else None

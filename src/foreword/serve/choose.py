@@ -61,8 +61,6 @@ def choose_engine(
 
     if kind not in ENGINES:
         raise SettingsError(f"expected an engine of {', '.join(ENGINES)}; got {kind!r}")
-    if kind == "local" and vllm_options:
-        raise SettingsError("vLLM's options mean nothing to the engine local: leave them away, or take the engine vllm")
     there = vllm_is_installed()
     if kind == "vllm" and not there:
         raise MissingExtraError("vllm", "vllm")
@@ -79,6 +77,10 @@ def choose_engine(
             if kind == "vllm":
                 raise
             log.warning("the engine local, since: %s", error)
+    if vllm_options or ranks != 1:
+        raise SettingsError(
+            "vLLM's options and ranks mean nothing to the engine local: leave them away, or take the engine vllm"
+        )
     from foreword.serve.local import LocalEngine
 
     whole = load_base(base, dtype=dtype, device=device)

@@ -280,9 +280,9 @@ async def completions(request: HttpRequest, key: Asking, body: schemas.Completio
     prompts = []
     for prompt in given:
         if isinstance(prompt, str):
-            prompts.append(await service.framed(entry, {**(body.record or {}), "input": prompt}, framing))
+            prompts.append(await service.framed({**(body.record or {}), "input": prompt}, framing))
         else:
-            prompts.append(service.checked_ids(entry, prompt))
+            prompts.append(service.checked_ids(prompt))
     texts = service.texts(request, entry, prompts, body.n, body.max_tokens, logprobs=body.logprobs, **body.how)
     return await _answer(service, request, key, body, texts, _CompletionShape(service, body, len(texts.requests)))
 
@@ -314,7 +314,7 @@ async def chat_completions(request: HttpRequest, key: Asking, body: schemas.Chat
     messages = [
         {"role": "system" if one.role == "developer" else one.role, "content": one.text} for one in body.messages
     ]
-    prompt = await service.framed(entry, {"messages": messages}, framing)
+    prompt = await service.framed({"messages": messages}, framing)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     limit = body.max_tokens or body.max_completion_tokens
     texts = service.texts(request, entry, [prompt], body.n, limit, logprobs=logprobs, **body.how)

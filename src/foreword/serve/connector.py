@@ -17,10 +17,10 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +40,7 @@ from foreword.errors import ForewordError, SettingsError
 from foreword.prefix import Prefix
 from foreword.serve.placeholders import cache_salt, parse_kv_transfer_params, placeholder_ids
 from foreword.serve.residents import Residents
-from foreword.store import Store, Version, key_of
+from foreword.store import Store, Token, Version, key_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -357,7 +357,7 @@ class _Scheduler:
 
         vLLM's processes outlive a server that was killed, with the base in their memory, and nobody can ask them anything.
         """
-        since: Any = datetime.now(UTC)
+        since = Token(time=int(time.time() * 1e6))
         parent = multiprocessing.parent_process()
         while not self._ended.wait(POLL):
             if parent is not None and os.getppid() != parent.pid:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -153,4 +154,4 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request, _: Admin) -> Response:
     """Figures in Prometheus' format; where there are keys, for an admin's."""
     service: Service = request.app.state.service
-    return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)

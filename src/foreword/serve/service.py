@@ -236,11 +236,9 @@ class Service:
 
     # x
 
-    async def framed(self, entry: Entry | None, record: Mapping[str, Any], framing: Framing) -> list[int]:
+    async def framed(self, record: Mapping[str, Any], framing: Framing) -> list[int]:
         """The token ids of x. Raises what `foreword.data.frame` does, and `TooLongError`."""
-        tokens = await asyncio.to_thread(frame, self.base, self._bounded(record, framing), framing, "the request")
-        self.engine.room(len(tokens), 0 if entry is None else entry.length)
-        return tokens
+        return await asyncio.to_thread(frame, self.base, self._bounded(record, framing), framing, "the request")
 
     def _bounded(self, record: Mapping[str, Any], framing: Framing) -> Mapping[str, Any]:
         """The record without what could never be used of it: tokenizing a megabyte takes a second and hundreds of MB.
@@ -271,12 +269,11 @@ class Service:
         """Characters."""
         return max(map(len, self.base.tokenizer.get_vocab()))
 
-    def checked_ids(self, entry: Entry | None, tokens: Sequence[int]) -> list[int]:
+    def checked_ids(self, tokens: Sequence[int]) -> list[int]:
         """Token ids that a client gave. Raises `DataError` where the base has no such."""
         known = self.base.embeddings.shape[0]
         if tokens and max(tokens) >= known:
             raise DataError(f"expected token ids below {known}; got {max(tokens)}")
-        self.engine.room(len(tokens), 0 if entry is None else entry.length)
         return list(tokens)
 
     def texts(
@@ -297,6 +294,7 @@ class Service:
 
         Raises:
             Problem: more texts than ever fit, or more tokens than the context leaves (400).
+            TooLongError: a prompt leaves room for none.
         """
         count = n * len(prompts)
         if count > self.settings.max_texts:

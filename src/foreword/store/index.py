@@ -50,7 +50,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """Where a reader of changes stands. Made by `Store.changes`.
+    """Where a reader of changes stands. Made by `Store.changes`; of the present time, it misses nothing that comes.
 
     Args:
         time: up to when all is known, in microseconds, but for announcements that come late.

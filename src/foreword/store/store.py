@@ -228,7 +228,10 @@ class Store:
             WrongBaseError: the prefix is of another base.
         """
         try:
-            data = self.read(self.find(name, version))
+            if isinstance(version, Version) and version.name == check_name(name):
+                data = self.read(version)
+            else:
+                data = self.read(self.find(name, version))
         except NoSuchPrefixError:
             if version is not None:
                 raise
