@@ -246,6 +246,17 @@ def test_long_inputs_keep_nobody_waiting_for_long(llama: World, monkeypatch: pyt
         assert turns[i + 1][0] == "step"
 
 
+def test_a_context_that_memory_shortens_is_told_of(llama: World, caplog: pytest.LogCaptureFixture) -> None:
+    async def run(**options: Any) -> list[str]:
+        caplog.clear()
+        async with llama.engine(**options):
+            return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert asyncio.run(run()) == []
+    (said,) = asyncio.run(run(cache_bytes=50 * _bytes_a_token(llama.base)))
+    assert said == f"texts may have 50 tokens of the base's {CONTEXT}, for which --cache-memory has no room"
+
+
 def test_sampling_stop_and_logprobs(words: World) -> None:
     world = words
     text = next(text for text in (f"w{i} w{i + 3}" for i in range(99)) if len(world.alone(text, "five").split()) > 8)

@@ -61,7 +61,9 @@ Reparametrization = Annotated[str, typer.Option(help="mlp, direct, or embedding.
 Hidden = Annotated[int | None, typer.Option(min=1, help="Hidden size of the MLP.")]
 Init = Annotated[str, typer.Option(help="activations (of the first rows) or random.")]
 InitText = Annotated[str | None, typer.Option(help="Words of the task, whose activations start the prefix.")]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate; by default 0.001 mlp, 0.05 direct.")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Peak learning rate; by default 0.001 mlp, 0.05 direct, 0.02 embedding.")
+]
 Epochs = Annotated[int, typer.Option(help="Passes over the rows.")]
 Warmup = Annotated[float, typer.Option(help="Share of the steps in which the learning rate grows.")]
 Clip = Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for none.")]

@@ -126,6 +126,12 @@ class LocalEngine(Engine):
         self._thread = threading.Thread(target=self._work, name="foreword-local", daemon=True)
         self._state = "running"
         self._thread.start()
+        if self.context is not None and self.base.context is not None and self.context < self.base.context:
+            log.warning(
+                "texts may have %s tokens of the base's %s, for which --cache-memory has no room",
+                self.context,
+                self.base.context,
+            )
 
     def problem(self) -> str | None:
         dead = self._state == "running" and not self._thread.is_alive()
