@@ -1,7 +1,8 @@
 """One prefix while it learns: its rows, what it is computed from, its optimizer and schedule, the best so far.
 
-A learner runs the base for its start alone, and knows of no other learners. Whoever trains asks it for the rows of its next step, runs
-them, by themselves (`foreword.training`) or among those of others (`foreword.many`), and tells it the loss.
+A learner runs the base for its start alone, and knows of no other learners. Whoever trains asks it for the rows of its
+next step, runs them, by themselves (`foreword.training`) or among those of others (`foreword.many`), and tells it the
+loss.
 """
 
 from __future__ import annotations
