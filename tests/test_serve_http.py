@@ -829,7 +829,10 @@ def test_who_hangs_up_frees_the_row(tmp_path: Path, stream: bool, held: bool) ->
 
 
 def figures(client: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    text = client.get("/metrics").text
+    answer = client.get("/metrics")
+    # by which Prometheus knows how to read it
+    assert re.match(r"text/plain; version=\d", answer.headers["content-type"])
+    text = answer.text
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
