@@ -59,6 +59,14 @@ RECIPES: Mapping[str, Recipe] = {
         generation=_BEAMS,
         source="docs/defaults.md: 100 E2E rows on smollm2-135m, three samples of rows",
     ),
+    "webnlg": Recipe(
+        options={
+            **{"length": 10, "reparametrization": "mlp", "init_text": "table-to-text: describe the facts"},
+            **{"lr": 5e-4, "epochs": 2, "batch_size": 8, "warmup": 0.1},
+        },
+        generation=_BEAMS,
+        source="docs/tasks.md: 1,000 WebNLG rows of five categories on smollm2-135m, two seeds",
+    ),
     "paper-e2e": Recipe(
         options={**_PAPER, "hidden": 512, "length": 5, "lr": 8e-5, "epochs": 5, "batch_size": 10},
         generation=_BEAMS,
