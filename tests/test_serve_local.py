@@ -36,7 +36,7 @@ from foreword.serve.choose import choose_engine
 from foreword.serve.engine import EngineStoppedError, Piece, Request, Sampling
 from foreword.serve.fake import FakeEngine
 from foreword.serve.local import LocalEngine, _bytes_a_token
-from foreword.serve.runner import Runner
+from foreword.serve.runner import Prefill, Row, Runner
 from foreword.serve.service import Service, Settings
 from foreword.store import Store, Version
 from foreword.text import TextSoFar
@@ -180,9 +180,23 @@ def test_each_as_if_alone(world: World, options: dict[str, int]) -> None:
 
 def test_rows_are_put_off_and_go_on(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[int] = []
-    ended: list[int] = []
-    leave = Runner.leave
-    monkeypatch.setattr(Runner, "leave", lambda self, row: left.append(len(row.y)) or leave(self, row))
+    put_off: list[Row] = []
+    leave, prefill = Runner.leave, Runner.prefill
+
+    def leaving(self: Runner, row: Row) -> None:
+        left.append(len(row.y))
+        if len(row.y) < 60:
+            assert row is self.rows[-1], "the youngest makes room"
+            put_off.append(row)
+        leave(self, row)
+
+    def beginning(self: Runner, rows: Sequence[Row]) -> Prefill:
+        for row in rows:
+            assert not put_off or row is put_off.pop(), "what was put off is the first to go on, the oldest before"
+        return prefill(self, rows)
+
+    monkeypatch.setattr(Runner, "leave", leaving)
+    monkeypatch.setattr(Runner, "prefill", beginning)
     monkeypatch.setattr("foreword.serve.local.end_ids", lambda base: set())
     asked = [(f"text {i}" * (1 + i % 3), [None, "five", "two"][i % 3]) for i in range(7)]
 
@@ -190,17 +204,10 @@ def test_rows_are_put_off_and_go_on(llama: World, monkeypatch: pytest.MonkeyPatc
         # memory for one whole context and half of another
         async with llama.engine(cache_bytes=197 * 3 * 2 * 2 * 14 * 4) as engine:
             assert engine.context == CONTEXT
-            requests = [llama.request(str(i), text, name, max_tokens=60) for i, (text, name) in enumerate(asked)]
-
-            async def ask(request: Request) -> str:
-                text = text_of(await pieces_of(engine, request))
-                ended.append(int(request.id))
-                return text
-
-            return await asyncio.gather(*map(ask, requests))
+            requests = (llama.request(str(i), text, name, max_tokens=60) for i, (text, name) in enumerate(asked))
+            return [text_of(pieces) for pieces in await asyncio.gather(*(pieces_of(engine, one) for one in requests))]
 
     answers = asyncio.run(run())
-    assert ended == sorted(ended), "the youngest makes room, and is the first to go on"
     monkeypatch.setattr("foreword.generation.end_ids", lambda base: set())
     assert answers == [llama.alone(text, name, max_new_tokens=60) for text, name in asked]
     assert len(left) > 7, "some have left more than once"
@@ -230,7 +237,10 @@ def test_long_inputs_keep_nobody_waiting_for_long(llama: World, monkeypatch: pyt
             monkeypatch.setattr(Runner, "advance", chunk)
             monkeypatch.setattr(Runner, "step", count)
             later = [llama.request(str(i), "x" * (60 + i), None, max_tokens=3) for i in range(4)]
-            texts = [text_of(pieces) for pieces in await asyncio.gather(*(pieces_of(engine, one) for one in later))]
+            with engine._changed:  # so that they come at once
+                asked = [asyncio.create_task(pieces_of(engine, one)) for one in later]
+                await settled(lambda: len(engine._arrived) == 4)
+            texts = [text_of(pieces) for pieces in await asyncio.gather(*asked)]
             assert not first.done()
             await first
             return texts
