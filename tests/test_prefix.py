@@ -21,7 +21,7 @@ from tiny import base_of, random_prefix, tiny_model
 from foreword.attach import section_shapes
 from foreword.errors import ForewordError, PrefixFileError, SettingsError, WrongBaseError
 from foreword.prefix import FORMAT, Card, Framing, Layer, Prefix
-from foreword.writing import remove_asides, write_atomically
+from foreword.writing import check_file, remove_asides, write_atomically
 
 FULL_CARD = Card(
     base="some/base",
@@ -554,6 +554,24 @@ def write_half(path: Path, error: BaseException) -> None:
         assert aside.parent == path.parent
         aside.write_text("half a n")
         raise error
+
+
+def test_a_file_that_goes_while_it_is_looked_at_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, look = tmp_path / "file", os.stat
+    path.write_text("old")
+
+    def once(given: Any, **more: Any) -> os.stat_result:
+        found = look(given, **more)
+        if str(given) == str(path):
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(os, "stat", once)
+    check_file(path)
+    monkeypatch.undo()
+    assert not path.exists()
+    with pytest.raises(SettingsError, match="is a folder or a device"):
+        check_file(tmp_path)
 
 
 def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(

@@ -228,9 +228,7 @@ def test_put_and_get(store: Store) -> None:
     assert list(store.verify()) == []
 
 
-def test_a_version_that_was_listed_is_read_without_a_listing(
-    probe: type[ProbeFileSystem], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_that_was_listed_is_read_without_a_listing(probe: type[ProbeFileSystem]) -> None:
     store = world(Clock())
     newest, oldest = store.versions("alice")
     asked: list[str] = []

@@ -7,9 +7,10 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ __all__ = ["check_apart", "check_file", "check_new", "remove_asides", "write_ato
 
 def check_file(path: str | os.PathLike[str]) -> None:
     """Raise `SettingsError` where a path is a folder, or a device such as /dev/null, which a rename would replace."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    # looked at once: it may go between two looks
+    mode = stat.S_IFREG
+    with suppress(OSError, ValueError):
+        mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
         raise SettingsError(f"expected a file to write to; {path} is a folder or a device: name another path")
 
 

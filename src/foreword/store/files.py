@@ -24,6 +24,7 @@ SIGN = "foreword-store.json"
 """Says that a folder is a store."""
 
 WORKERS = 16
+TRIES = 10
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -68,6 +69,15 @@ class Files:
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file that is there whole or not at all."""
+        for left in reversed(range(TRIES)):
+            try:
+                return self._write(path, data)
+            except FileNotFoundError:
+                # a deletion cleared away the file being written, or its folder
+                if not left:
+                    raise
+
+    def _write(self, path: str, data: bytes) -> None:
         path = self.path(path)
         try:
             self.filesystem.pipe_file(path, data)
@@ -112,14 +122,14 @@ class Files:
 class ServerFiles(Files):
     """The same on a server of files (SFTP, SMB), where a file is seen before it is whole, and can be renamed."""
 
-    def write(self, path: str, data: bytes) -> None:
+    def _write(self, path: str, data: bytes) -> None:
         if not data:
-            super().write(path, data)
+            super()._write(path, data)
             return
         folder, _, name = path.rpartition("/")
         aside = f"{folder}/.{name[:40]}.{secrets.token_hex(6)}.part"
         try:
-            super().write(aside, data)
+            super()._write(aside, data)
             self.filesystem.mv(self.path(aside), self.path(path))
         except Exception:  # its filesystems raise what they like
             self.remove(aside)
@@ -150,7 +160,7 @@ class LocalFiles(Files):
     def read(self, path: str) -> bytes:
         return Path(self.path(path)).read_bytes()
 
-    def write(self, path: str, data: bytes) -> None:
+    def _write(self, path: str, data: bytes) -> None:
         if path != SIGN:
             self.check()
         if data:

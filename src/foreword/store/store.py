@@ -16,7 +16,7 @@ import torch
 
 from foreword.errors import NoSuchPrefixError, PrefixFileError, SettingsError, StoreError
 from foreword.prefix import Prefix
-from foreword.store.files import SIGN, open_files
+from foreword.store.files import SIGN, TRIES, open_files
 from foreword.store.index import SECOND, WINDOW, Changes, Index, Page, Token, home
 from foreword.store.names import (
     EPOCH,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from foreword.bases import Base
 
 LAYOUT = 1
-TRIES = 10
 
 
 class Store:
@@ -114,20 +113,14 @@ class Store:
             data = bytes(prefix)
             Prefix.from_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
-        for left in reversed(range(TRIES)):
+        for _ in range(TRIES):
             folder = self._index.look(key)
             mark = self._next(folder, sha256)
             announced = self._index.announce(key, mark)
-            try:
-                # also where it is damaged, which `verify` sees
-                if not folder.named or self._index.name(key) is None:
-                    self._write_name(key, name)
-                self._files.write(f"{home(key)}/{mark.file}", data)
-            except FileNotFoundError:
-                # a deletion cleared away the file being written
-                if not left:
-                    raise
-                continue
+            # also where it is damaged, which `verify` sees
+            if not folder.named or self._index.name(key) is None:
+                self._write_name(key, name)
+            self._files.write(f"{home(key)}/{mark.file}", data)
             folder = self._index.look(key)
             if folder.tombstone and folder.tombstone > mark:
                 # of a deletion that ran meanwhile: this one comes after it
@@ -142,13 +135,7 @@ class Store:
         )
 
     def _write_name(self, key: str, name: str) -> None:
-        for left in reversed(range(TRIES)):
-            try:
-                return self._files.write(f"{home(key)}/name.txt", name.encode())
-            except FileNotFoundError:
-                # as in `put`; its object is there already, so this alone is done again
-                if not left:
-                    raise
+        self._files.write(f"{home(key)}/name.txt", name.encode())
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, the newest first. Empty where there is no such name."""
