@@ -494,7 +494,12 @@ def test_a_failed_step_is_survived(
     async def run() -> None:
         async with llama.engine() as engine:
             requests = [llama.request(f"r{i}", "text", name, max_tokens=30) for i, name in enumerate(("five", None))]
-            failed = await asyncio.gather(*(pieces_of(engine, one) for one in requests), return_exceptions=True)
+            # the prefix is there, and they come at once: they are two rows of one batch
+            await pieces_of(engine, llama.request("before", "text", "five"))
+            with engine._changed:
+                asked = [asyncio.create_task(pieces_of(engine, one)) for one in requests]
+                await settled(lambda: len(engine._arrived) == 2)
+            failed = await asyncio.gather(*asked, return_exceptions=True)
             assert [str(one) for one in failed] == ["out of memory"] * 2
             assert text_of(await pieces_of(engine, llama.request("again", "text", "five"))) == llama.alone(
                 "text", "five"
