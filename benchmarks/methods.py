@@ -6,6 +6,7 @@
     lora         LoRA on the query and value projections (PEFT)
     prompt       prompt tuning (PEFT)
     peft-prefix  prefix tuning (PEFT), with its MLP
+    peft-direct  the same without
 
 All learn by one loop: same rows, batches, loss over y, AdamW without weight decay, warm-up and linear decay, clipping. No
 dropout. Weights in bfloat16 that learn have a float32 copy, since small steps would be lost in rounding. PEFT and the
@@ -21,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -205,9 +207,9 @@ def _by_peft(base: Base, model: Any, finish: Callable[[], Prefix], folded: int |
     return Learner(loss, [p for p in model.parameters() if p.requires_grad], finish, folded)
 
 
-def peft_projected(base: Base, rows: Sequence[Row], options: Options) -> Learner:
+def peft_tuning(base: Base, rows: Sequence[Row], options: Options, *, projection: bool = True) -> Learner:
     torch.manual_seed(options.seed)
-    model = peft_model(base, length=options.length, projection=True, attention="eager")
+    model = peft_model(base, length=options.length, projection=projection, attention="eager")
     return _by_peft(base, model, lambda: peft_prefix(base, model), options.length * width(base.shapes["decoder"]))
 
 
@@ -240,13 +242,15 @@ METHODS: dict[str, Callable[[Base, Sequence[Row], Options], Learner]] = {
     "top2": top2,
     "lora": lora,
     "prompt": prompt,
-    "peft-prefix": peft_projected,
+    "peft-prefix": peft_tuning,
+    "peft-direct": partial(peft_tuning, projection=False),
 }
 """The methods, by name."""
 
 GRIDS: dict[str, list[float]] = {
     "prefix": [2.5e-4, 5e-4, 1e-3],
     "prefix-few": [6.25e-5, 1.25e-4, 2.5e-4],
+    "prefix-batch16": [5e-4, 1e-3, 2e-3],
     "prefix-small": [5e-4, 1e-3, 2e-3],
     "prefix-direct": [2.5e-2, 5e-2, 1e-1],
     "prefix-embedding": [1e-2, 2e-2, 4e-2],
@@ -256,6 +260,7 @@ GRIDS: dict[str, list[float]] = {
     "lora": [5e-4, 1e-3, 2e-3],
     "prompt": [1e-2, 2e-2, 4e-2],
     "peft-prefix": [5e-4, 1e-3, 2e-3],
+    "peft-direct": [5e-3, 1e-2, 2e-2],
 }
 """The first three learning rates of each method; more are tried where the best is at the edge."""
 

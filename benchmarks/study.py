@@ -26,7 +26,7 @@ from foreword.prefix import Framing
 from foreword.tasks import Example
 
 RESULTS = Path(__file__).with_name("results")
-NOT_IN_A_FOLDER = ("rows", "epochs", "length", "sizes", "methods")
+NOT_IN_A_FOLDER = ("rows", "epochs", "length", "sizes", "starts", "methods")
 """Flags that are in the name of a run, or choose arms; the others are in the name of the runs' folder."""
 
 

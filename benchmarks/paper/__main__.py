@@ -1,20 +1,23 @@
-"""The paper's claims, each by a command.
+"""The paper's claims, each by a command, and what else is trained to be compared.
 
     python -m benchmarks.paper e2e-lowdata        # and webnlg, ablations, summarization, encoder-decoder
+    python -m benchmarks.paper baselines          # other ways to tune
+    python -m benchmarks.paper defaults           # foreword's defaults against PEFT's prefix tuning
     python -m benchmarks.paper webnlg --test webnlg_challenge_2017/test --rows 18000 --epochs 5 --test-inputs 2000
     python -m benchmarks.paper e2e-lowdata --table
 
 Each goes on where it was stopped, one JSON file a finished run, and writes NAME.md, NAME.json and NAME.svg into
 benchmarks/results/, finished or not. Other sizes than the default, or some of them, have files named after them. Runs on the same data, such
-as those of e2e-lowdata, ablations and benchmarks.baselines, lie in one folder, and what several need is run once.
+as those of e2e-lowdata, ablations and baselines, lie in one folder, and what several need is run once.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
-from benchmarks.paper.studies import STUDIES
+from benchmarks.paper.studies import STARTS, STUDIES, WAYS
 from benchmarks.report import work_and_report
 
 COMMON = {"samples": 1, "seeds": 1, "length": 10, "beams": 1, "base": None, "dtype": "float32", "device": None}
@@ -28,12 +31,20 @@ HELP = {
     "device": "as torch names it",
     "rows": "training rows",
     "sizes": "of the curve's training sizes, these alone",
+    "starts": "what the prefixes start from: words of the task, as the paper's; the first rows, foreword's default",
+    "methods": "of the ways to tune, these alone",
     "epochs": "passes over the rows",
     "dev": "inputs on which learning rates are chosen",
     "test_inputs": "inputs that are reported, at the most (WebNLG: of seen and of unseen categories each)",
     "test": "the challenge's own test folder",
     "bart_minutes": "of pretraining the small BART, where it is not there yet",
 }
+LISTS: dict[str, dict[str, Any]] = {
+    "sizes": {"type": int},
+    "starts": {"choices": list(STARTS)},
+    "methods": {"choices": sorted({method for method, _, _ in WAYS.values()})},
+}
+"""Flags that take several values."""
 SAME_RUNS = ("samples", "seeds", "device")
 """Flags that change how many runs there are, but not a run; the others are in the names of what is written."""
 
@@ -46,9 +57,10 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     for name, (make, own) in STUDIES.items():
         command = commands.add_parser(name, help=make.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for flag, default in {**COMMON, **own}.items():
-            kind = (
-                {"nargs": "+", "type": int} if flag == "sizes" else {"type": str if default is None else type(default)}
-            )
+            if flag in LISTS:
+                kind = {"nargs": "+", **LISTS[flag]}
+            else:
+                kind = {"type": str if default is None else type(default)}
             command.add_argument(f"--{flag.replace('_', '-')}", default=default, help=HELP[flag], **kind)
         command.add_argument("--table", action="store_true", help="report what is there, and run nothing")
     options = parser.parse_args(arguments)

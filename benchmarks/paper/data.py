@@ -26,6 +26,16 @@ def e2e(sample: int, rows: int, dev: int, test: int) -> Data:
     return Data(train=sampled(split.train, rows, sample), dev=split.dev, test=split.test)
 
 
+@cache
+def e2e_of_few(sample: int, rows: int, dev: int, test: int) -> Data:
+    """The same, but all rows of as few meaning representations as have so many: each sample has its own."""
+    split = e2e_split(rows=1 << 30, dev=dev, test=test)
+    train = split.train[sample * rows : (sample + 1) * rows]
+    if len(train) < rows:
+        raise SystemExit(f"expected at most {len(split.train)} training rows in all samples; got {(sample + 1) * rows}")
+    return Data(train=train, dev=split.dev, test=split.test)
+
+
 def _some(examples: Sequence[Example], count: int) -> list[Example]:
     """So many at the most, the same every time."""
     chosen = list(examples)

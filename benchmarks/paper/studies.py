@@ -1,12 +1,13 @@
-"""The paper's claims as studies: what is trained, on what, and what is compared.
+"""The paper's claims, and ways to tune, as studies: what is trained, on what, and what is compared.
 
 Default sizes are for two cores, two processes of one thread each: smollm2-135m trains at about 430 real tokens a second with
-a prefix there in float32, and each study is meant to take two to three hours, learning rates included; where bfloat16 is
-fast, --dtype bfloat16 takes about half of it.
+a prefix there in float32, and each study is meant to take two to three hours, learning rates included, the longest,
+e2e-lowdata, four; where bfloat16 is fast, --dtype bfloat16 takes about half of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +31,9 @@ E2E_WORDS = "table-to-text: describe the restaurant"
 WEBNLG_WORDS = "table-to-text: describe the facts"
 SYNOPSIS_WORDS = "summarize: describe the package in one line"
 """To start a prefix from; the paper's are of this kind (section 7.4)."""
+
+STARTS = {"words": ("prefix from words", E2E_WORDS), "rows": ("prefix", None)}
+"""What the prefixes of e2e-lowdata may start from: the line's name, and the words; None is the first rows."""
 
 
 def _curve(
@@ -68,7 +72,7 @@ def _curve(
 
 def low_data(options: Namespace) -> Study:
     """Prefix against full fine-tuning on few E2E rows (section 6.3, figure 3)."""
-    starts = {"prefix": None, "prefix from words": E2E_WORDS}
+    starts = dict(STARTS[start] for start in options.starts)
     chosen, arms = _curve({50: 12, 100: 8, 200: 6, 500: 3}, options, starts)
     return Study(
         name="e2e-lowdata",
@@ -86,6 +90,74 @@ def low_data(options: Namespace) -> Study:
         differs=E2E_DIFFERS,
         expected=["prefix ahead of fine-tuning with few rows, the gap smaller with more"],
         x_label="training rows",
+        **common(options),
+    )
+
+
+WAYS = {
+    "foreword's prefix": ("prefix", None, Options()),
+    "foreword's prefix, no MLP": ("prefix", "prefix-direct", Options(reparametrization="direct")),
+    "PEFT's prefix tuning": ("peft-prefix", None, Options()),
+    "prompt tuning": ("prompt", None, Options()),
+    "LoRA": ("lora", None, Options()),
+    "top two layers": ("top2", None, Options()),
+    "full fine-tuning": ("full", None, Options()),
+}
+
+
+def baselines(options: Namespace) -> Study:
+    """Other ways to tune the same base, on the same data and budget; it shares runs with e2e-lowdata."""
+    names = [name for name, (method, _, _) in WAYS.items() if options.methods is None or method in options.methods]
+    return Study(
+        name="baselines",
+        shared="e2e",
+        title=f"E2E, {options.rows} rows, {options.epochs} epochs: ways to tune",
+        arms=[
+            Arm(
+                name=name,
+                method=method,
+                grid=grid,
+                rows=options.rows,
+                epochs=options.epochs,
+                options=dataclasses.replace(own, length=options.length),
+            )
+            for name in names
+            for method, grid, own in [WAYS[name]]
+        ],
+        data=lambda sample, rows: data.e2e(sample, rows, options.dev, options.test_inputs),
+        metrics="e2e",
+        primary="e2e.BLEU",
+        contrasts=[(name, names[0]) for name in names[1:]],
+        cut=f"{options.rows} rows (the challenge: 42,000), seeds: {options.seeds}, {options.test_inputs} test inputs",
+        published=published.E2E,
+        differs=f"{E2E_DIFFERS} Adapters are missing, since no library for them runs here.",
+        **common(options),
+    )
+
+
+def defaults(options: Namespace) -> Study:
+    """Are foreword's defaults any good? Against PEFT's prefix tuning; rows of few meaning representations."""
+    ours = "foreword's prefix"
+    kinds = {
+        ours: ("prefix", "prefix-batch16", Options(length=options.length)),
+        f"{ours}, no MLP": ("prefix", "prefix-direct", Options(length=options.length, reparametrization="direct")),
+        "PEFT's, projected": ("peft-prefix", None, Options(length=options.length)),
+        "PEFT's, direct": ("peft-direct", None, Options(length=options.length)),
+    }
+
+    return Study(
+        name="defaults",
+        title=f"E2E, {options.rows} rows, {options.epochs} epochs: foreword's defaults against PEFT's prefix tuning",
+        arms=[
+            Arm(name=name, method=method, grid=grid, rows=options.rows, epochs=options.epochs, options=own)
+            for name, (method, grid, own) in kinds.items()
+        ],
+        data=lambda sample, rows: data.e2e_of_few(sample, rows, options.dev, options.test_inputs),
+        metrics="BLEU",
+        primary="BLEU",
+        contrasts=[(name, ours) for name in kinds if name != ours],
+        batch_size=16,
+        cut=f"{options.rows} rows, seeds: {options.seeds}, {options.test_inputs} test inputs",
         **common(options),
     )
 
@@ -284,7 +356,15 @@ def common(options: Namespace) -> Mapping[str, Any]:
 
 
 STUDIES: Mapping[str, tuple[Callable[[Namespace], Study], Mapping[str, Any]]] = {
-    "e2e-lowdata": (low_data, {"samples": 3, "sizes": None, "dev": 50, "test_inputs": 100}),
+    "e2e-lowdata": (low_data, {"samples": 3, "sizes": None, "starts": ["words"], "dev": 50, "test_inputs": 100}),
+    "baselines": (
+        baselines,
+        {"rows": 500, "epochs": 3, "seeds": 2, "dev": 50, "test_inputs": 100, "methods": None},
+    ),
+    "defaults": (
+        defaults,
+        {"rows": 500, "epochs": 5, "seeds": 3, "dev": 50, "test_inputs": 100, "dtype": "bfloat16"},
+    ),
     "webnlg": (webnlg, {"rows": 1000, "epochs": 2, "seeds": 2, "dev": 60, "test_inputs": 100, "test": None}),
     "ablations": (ablations, {"rows": 500, "epochs": 3, "dev": 50, "test_inputs": 100}),
     "summarization": (summarization, {"sizes": None, "dev": 100, "test_inputs": 500}),
