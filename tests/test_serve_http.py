@@ -1091,6 +1091,35 @@ def test_large_requests_are_not_read(world: World) -> None:
 
 
 @pytest.mark.parametrize(
+    ("more", "param", "message"),
+    [
+        ({"prompt": {"a": 1}}, "prompt", "expected a text, a list of texts, token ids or lists of token ids"),
+        ({"prompt": [{"type": "text", "text": "x"}]}, "prompt", "expected a text, a list of texts, token ids or"),
+        ({"prompt": []}, "prompt", "List should have at least 1 item"),
+        ({"prompt": ["a", 1]}, "prompt.1", "Input should be a valid string"),
+        ({"prompt": [1.5]}, "prompt.0", "Input should be a valid integer"),
+        ({"prompt": [[1], ["b"]]}, "prompt.1.0", "Input should be a valid integer"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "expected a text or text parts"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "expected a text or text parts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages.0.content.0.text",
+            "Field required",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_in_a_field_of_several_kinds(
+    world: World, more: dict[str, Any], param: str, message: str
+) -> None:
+    path = "/v1/chat/completions" if "messages" in more else "/v1/completions"
+    with world.http() as client:
+        error = error_of(client.post(path, json={"model": BASE, **more}))
+    assert error["param"] == param
+    assert error["message"].startswith(f"{param}: {message}")
+
+
+@pytest.mark.parametrize(
     "more",
     [
         {"prompt": [-1] * 1000},

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from foreword.errors import ForewordError, NoSuchPrefixError, PrefixFileError, TooLongError, WrongBaseError, one_line
 from foreword.serve.engine import EngineStoppedError
 from foreword.serve.limits import TooManyError
+from foreword.serve.schemas import KINDS
 
 __all__ = ["HungUpError", "Problem", "no_such_model", "problem_of"]
 
@@ -115,6 +116,7 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return Problem(400, f"expected a body in JSON; at character {first['loc'][-1]} it is none").response()
-    param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")) or None
+    not_of_the_place = ("body", "query", "path", "header", *KINDS)
+    param = ".".join(str(part) for part in first["loc"] if part not in not_of_the_place) or None
     where = f"{param}: " if param else ""
     return Problem(400, where + str(first["msg"]), param=param).response()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-__all__ = ["ChatRequest", "CompletionRequest"]
+__all__ = ["KINDS", "ChatRequest", "CompletionRequest"]
 
 MAX_TEXTS = 128
 """Texts that one request may ask for: its prompts times n."""
@@ -25,6 +25,30 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 Model = Annotated[str, Field(description="A prefix's name; the base's name for no prefix.")]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 MAX_COLUMNS = 100
+
+
+TEXT, TEXTS, TOKENS, LISTS, PARTS = KINDS = (
+    "a text",
+    "a list of texts",
+    "token ids",
+    "lists of token ids",
+    "text parts",
+)
+"""What a field of several kinds may be. An error tells the kind that it looks like, and its place has that in it."""
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return TEXT
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else ""
+    return {int: TOKENS, float: TOKENS, list: LISTS, dict: PARTS}.get(type(first), TEXTS)
+
+
+def _one_of(*kinds: str) -> Discriminator:
+    words = f"expected {', '.join(kinds[:-1])} or {kinds[-1]}"
+    return Discriminator(_kind, custom_error_type="kind", custom_error_message=words)
 
 
 def _listed(value: Any) -> Any:
@@ -95,12 +119,13 @@ class _Shared(_Given):
 class CompletionRequest(_Shared):
     """A request to /v1/completions. `prompt` is framed as the prefix was trained, unless it is token ids."""
 
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag(TEXT)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True), Tag(TEXTS)]
+        | Annotated[TokenIds, Tag(TOKENS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_TEXTS, fail_fast=True), Tag(LISTS)],
+        _one_of(TEXT, TEXTS, TOKENS, LISTS),
+    ]
     max_tokens: int = Field(16, ge=1, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: Literal[False] = Field(False, description="Not supported.")
@@ -122,7 +147,10 @@ class TextPart(_Given):
 
 class Message(_Given):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: Annotated[
+        Annotated[str, Tag(TEXT)] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag(PARTS)],
+        _one_of(TEXT, PARTS),
+    ]
     name: None = Field(None, description="Not supported.")
 
     @property
