@@ -270,6 +270,16 @@ def test_generate_with_a_prefix_a_row(run: Run, base: Path, prefix: Path, tmp_pa
     ]
 
 
+def test_outputs_may_be_inputs(run: Run, base: Path, prefix: Path, tmp_path: Path) -> None:
+    jsonl(tmp_path / "told.jsonl", [{"input": "not this", "output": "some text", "messages": None}])
+    command = ["generate", "--base", base, "--prefix", prefix, "--max-new-tokens", "5"]
+    assert run(*command, "--input-file", "told.jsonl", "--input", "output", "--output", "again.jsonl").code == 0
+    (row,) = map(json.loads, (tmp_path / "again.jsonl").read_text("utf-8").splitlines())
+    assert row["output"] + "\n" == run(*command, "some text").out
+    # a row whose messages are none is one of input, for the bare base too
+    assert run("generate", "--base", base, "--input-file", "told.jsonl", "--output", "bare.jsonl").code == 0
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_generate_goes_on_where_it_was_interrupted(
     run: Run, base: Path, prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled: bool
@@ -308,6 +318,15 @@ def test_generate_goes_on_where_it_was_interrupted(
     assert sorted([*done, *asked]) == [0, 1, 2, 3, 4]
     assert (tmp_path / "G.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not (tmp_path / "G.jsonl.part").exists()
+    # killed between the two files
+    with monkeypatch.context() as patch:
+        patch.setattr(foreword.outputs.Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*command, "--output", "H.jsonl").code != 0
+    assert (tmp_path / "H.jsonl").exists()
+    assert (tmp_path / "H.jsonl.part").exists()
+    assert run(*command, "--output", "H.jsonl").code == 0
+    assert (tmp_path / "H.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "H.jsonl.part").exists()
     refused(run(*command, "--output", "G.jsonl"), "G.jsonl is there already: choose another name, or give --overwrite")
 
 
@@ -578,6 +597,8 @@ BEFORE = {
     "settings: kind": ([*TRAIN, "--data", "rows.jsonl", "--out", "p", "--reparametrization", "lora"], "expected a reparam.*'lora'"),
     "settings: save dtype": ([*TRAIN, "--data", "rows.jsonl", "--out", "p", "--save-dtype", "int8"], "expected bfloat16 or float32"),
     "settings: two framings": ([*TRAIN, "--data", "rows.jsonl", "--out", "p", "--chat", "--template", "{{input}}"], "--chat and --template"),
+    "settings: a tracker's folder": ([*TRAIN, "--data", "rows.jsonl", "--out", "p", "--log-dir", "logs"], "expected a tracker to write into --log-dir; give --log-with"),
+    "settings: hidden": ([*TRAIN, "--data", "rows.jsonl", "--out", "p", "--hidden", "9" * 30], "expected hidden below 2\\*\\*31; got a number of 100 bits"),
     "settings: tracker": ([*TRAIN, "--data", "rows.jsonl", "--out", "p", "--log-with", "paper"], "expected a tracker of .*; got 'paper'"),
     "settings: beams": ([*GENERATE, "--num-beams", "2", "--temperature", "1", "x"], "beams and sampling exclude each other"),
     "settings: stop": ([*GENERATE, "--stop", "", "x"], "expected a list of non-empty stop strings"),
@@ -777,8 +798,12 @@ def test_two_processes_are_one_with_twice_the_accumulation(run: Run, base: Path,
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_what_accelerate_refuses_is_one_line(run: Run, base: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    refused(run("train", "--base", base, "--data", data, "--out", "p"), "accelerate refuses its settings: .*fp8")
+    command = ["train", "--base", base, "--data", data, "--out", "p"]
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+        refused(run(*command), "accelerate refuses its settings: .*fp8")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refused(run(*command), "accelerate refuses its settings: DeepSpeed is not installed")
 
 
 def test_a_tracker_that_is_not_installed_is_named(

@@ -263,6 +263,16 @@ def test_who_cannot_be_trained_at_all_is_no_part_of_a_success(run: Run, base: Pa
     )
 
 
+def test_mixed_precision_is_not_passed_over(
+    run: Run, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    ran = run("train-many", "--out", "S", "--base", base, "--data", data)
+    assert ran.code == 2
+    assert ran.err == "error: expected no mixed precision with train-many; got 'bf16': give --dtype instead\n"
+    assert not (tmp_path / "S").exists()
+
+
 def test_processes_that_do_not_see_each_other_do_nothing(
     run: Run, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

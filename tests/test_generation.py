@@ -349,6 +349,8 @@ def test_records_and_texts_are_framed_as_in_training() -> None:
     messages = {"messages": [{"role": "user", "content": "hello"}]}
     bare = generate(base, ["<a>hello<b><c>"], settings=settings, framing=Framing(template="{input}"))
     assert generate(base, [messages], settings=settings) == bare, "without a prefix, too"
+    none = {"input": "T: hello", "messages": None}
+    assert generate(base, [none], settings=settings) == generate(base, ["T: hello"], settings=settings)
     by_hand = generate(base, ["T: hello\n"], title, settings=settings, framing=Framing(template="{input}"))
     assert generate(base, [{"title": "T", "input": "hello"}], title, settings=settings) == by_hand
     assert generate(base, ["T: hello"], settings=settings) == [slowly(base, "T: hello", None, 5)]
@@ -809,6 +811,7 @@ def test_inputs_are_a_list_and_prefixes_are_one_or_as_many() -> None:
         ({"top_k": -1}, "got 0.0, 1.0, -1"),
         ({"num_beams": 2, "temperature": 0.5}, "beams and sampling exclude each other: set num_beams to 1, or temper"),
         ({"stop": "\n"}, r"expected a list of non-empty stop strings; got '\\n'"),
+        ({"stop": [7]}, r"expected a list of non-empty stop strings; got \[7\]"),
         ({"stop": ["a", ""]}, r"expected a list of non-empty stop strings; got \['a', ''\]"),
         ({"length_penalty": 1000}, "expected length_penalty from -10 to 10; got 1000.0"),
         ({"length_penalty": float("nan")}, "expected length_penalty from -10 to 10; got nan"),

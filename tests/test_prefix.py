@@ -11,8 +11,9 @@ import stat
 import struct
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -243,9 +244,10 @@ def changed_card(**changes: Any) -> str:
         (changed_card(metrics={"bleu": True}), "wrong kind"),
         (changed_card(metrics={"bleu": 10**400}), "wrong kind"),
         (changed_card(training={"infix": True}), "wrong kind"),
-        (changed_card(framing={"template": 7}), "wrong kind"),
-        (changed_card(framing={"chat": "yes"}), "wrong kind"),
-        (changed_card(framing={"max_input_tokens": "many"}), "wrong kind"),
+        (changed_card(framing={"template": 7}), "cannot be read .*a text as template .* got 7"),
+        (changed_card(framing={"chat": "yes"}), "cannot be read .*a bool as chat; .* and 'yes'"),
+        (changed_card(framing={"max_input_tokens": "many"}), "cannot be read .*max_input_tokens; got 'many'"),
+        (changed_card(framing={"max_input_tokens": 0}), "cannot be read .*max_input_tokens of at least 1; got 0"),
         (
             changed_card(format=FORMAT + 1),
             rf"expected format {FORMAT}; the file has format {FORMAT + 1}: upgrade foreword",
@@ -300,7 +302,10 @@ def test_a_prefix_of_another_base_is_refused_with_both_names(tmp_path: Path) -> 
     prefix = small()
     prefix.save(path)
     base: Any = SimpleNamespace(
-        name="its/base", fingerprint=FULL_CARD.fingerprint, shapes={"decoder": [(3, 7), (3, 7)]}
+        name="its/base",
+        fingerprint=FULL_CARD.fingerprint,
+        shapes={"decoder": [(3, 7), (3, 7)]},
+        dtype=torch.float32,
     )
     assert Prefix.load(path, base).shapes == prefix.shapes
     assert prefix.check(base) is prefix
@@ -638,11 +643,38 @@ def test_numbers_that_no_training_makes_are_refused_for_a_base(number: float) ->
     layers[1][0][0, 2, 1] = number
     with pytest.raises(PrefixFileError, match=r"decoder.1: expected numbers up to 1,000,000; got .*, which overflows"):
         Prefix({"decoder": layers}, card).check(base)
+    layers[1][0][0, 2, 1] = 7e4
+    assert Prefix({"decoder": layers}, card).check(base_of("llama", dtype=torch.bfloat16))
+    with pytest.raises(PrefixFileError, match=r"decoder.1: expected numbers up to 65,504; got 9.9e\+05"):
+        Prefix({"decoder": layers}, card).check(base_of("llama", dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_input_tokens": 0}, "expected max_input_tokens of at least 1; got 0"),
+        ({"max_input_tokens": 7.5}, "expected a whole number for max_input_tokens; got 7.5"),
+        ({"template": 5}, "expected a text as template"),
+        ({"chat": 1}, "expected .* a bool as chat"),
+    ],
+    ids=str,
+)
+def test_framings_that_are_none_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        Framing(**wrong)
+
+
+def test_a_framing_takes_numpy_s_numbers() -> None:
+    card = Card(base="b", fingerprint="f", framing=Framing(max_input_tokens=cast(Any, np.int64(7))))
+    assert Card.from_json(card.to_json()).framing.max_input_tokens == 7
 
 
 def test_what_killed_writers_left_can_be_removed(tmp_path: Path) -> None:
-    stay = [".file.0123456789ab.part.safe", ".other.0123456789ab.part", ".filex.0123456789ab.part", "file"]
-    for name in (*stay, ".file.0123456789ab.part", ".file.ba9876543210.part"):
+    with write_atomically(tmp_path / "file") as aside:
+        aside.write_text("new")
+        left = aside.name
+    stay = [f"{left}.safe", f".other{left[5:]}", f".filex{left[5:]}", ".file.0123456789ab.part", "file"]
+    for name in (*stay, left, f"{left[:-17]}{'a' * 12}.part"):
         (tmp_path / name).touch()
     remove_asides(tmp_path / "file")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
@@ -654,6 +686,16 @@ def test_what_killed_writers_left_can_be_removed(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(stay) + 2
     remove_asides(odd)
     assert len(list(tmp_path.iterdir())) == len(stay) + 1
+
+
+def test_files_whose_names_begin_alike_are_written_beside_each_other(tmp_path: Path) -> None:
+    one, other = (tmp_path / f"{'summarization-of-articles-' * 3}{end}" for end in ("a", "b"))
+    with write_atomically(one) as aside:
+        aside.write_text("a")
+        with write_atomically(other) as beside:
+            beside.write_text("b")
+        remove_asides(other)
+    assert (one.read_text(), other.read_text()) == ("a", "b")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

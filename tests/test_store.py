@@ -305,7 +305,7 @@ def test_an_ambiguous_version(store: Store) -> None:
 
 def test_get_checks_the_base(store: Store) -> None:
     class Fake:
-        name, fingerprint, shapes = "tiny", "f" * 64, prefix_of(1).shapes
+        name, fingerprint, shapes, dtype = "tiny", "f" * 64, prefix_of(1).shapes, torch.bfloat16
 
     base: Base = Fake()  # type: ignore[assignment]
     store.put("alice", bytes_of(1))

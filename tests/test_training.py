@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import layers_of, matrices_of
-from foreword.training import TrainingProgress, TrainSettings, attach_trainable, train
+from foreword.training import TrainingProgress, TrainSettings, _Alone, attach_trainable, train
+from foreword.writing import _aside
 
 ROWS = [{"input": f"{n} plus {n}", "output": "ab" * n + "."} for n in (1, 4, 2, 7, 3, 5, 6)]
 """Of unequal lengths, x and y."""
@@ -457,8 +459,8 @@ def test_killed_between_the_file_and_its_checkpoint(tmp_path: Path, monkeypatch:
         train(cached_base(), ROWS, settings=settings_of(), out=out)
     steps: list[int] = []
     # as a writer that was killed leaves them
-    for left in (".p.safetensors.0123456789ab.part", ".p.safetensors.checkpoint.0123456789ab.part"):
-        (tmp_path / left).touch()
+    for left in (out, tmp_path / "p.safetensors.checkpoint"):
+        left.with_name(f"{_aside(left)}0123456789ab.part").touch()
     train(cached_base(), ROWS, settings=settings_of(), out=out, resume=True, on_step=lambda p: steps.append(p.step))
     assert not steps
     assert content(out) == expected
@@ -718,6 +720,64 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_nothing_half_written(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_development_loss_that_is_not_finite_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreword.training.mean_loss", lambda *_, **__: math.nan)
+    message = r"^the development loss is nan after step 4: lower the learning rate \(now 0.05\), or look for odd dev"
+    with pytest.raises(TrainingError, match=message):
+        train(cached_base(), ROWS, dev=DEV, settings=settings_of())
+
+
+def test_a_prefix_that_no_base_would_take_is_not_what_training_gives(tmp_path: Path) -> None:
+    out = tmp_path / "p.safetensors"
+    settings = settings_of(lr=1e6, warmup=0.0, epochs=1, batch_size=len(ROWS))
+    with pytest.raises(
+        TrainingError,
+        match=r"^decoder.\d: expected numbers up to 1,000,000; got .* train the prefix anew, with a lower",
+    ):
+        train(cached_base(), ROWS, settings=settings, out=out)
+    assert not out.exists()
+
+
+class Elsewhere(_Alone):
+    """Of two processes that do not see the same disk, the one that sees the checkpoint."""
+
+    num_processes = 2
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return tensor / 2 if reduction == "mean" else tensor
+
+
+def test_a_checkpoint_that_not_all_processes_see_is_not_gone_on_from(tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "p.safetensors", cast(Any, Elsewhere())
+
+    def kill(progress: TrainingProgress) -> None:
+        if progress.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            cached_base(),
+            ROWS,
+            settings=settings_of(),
+            out=out,
+            checkpoint_every=1,
+            accelerator=elsewhere,
+            on_step=kill,
+        )
+    checkpoint = f"{out}.checkpoint"
+    with pytest.raises(
+        TrainingError, match=f"expected every process to see the checkpoint {re.escape(checkpoint)}: put"
+    ):
+        train(cached_base(), ROWS, settings=settings_of(), out=out, resume=True, accelerator=elsewhere)
+    assert Path(checkpoint).exists()
+
+
+def test_embeddings_of_a_base_in_float64_learn_in_it() -> None:
+    base = fresh_base(dtype=torch.float64)
+    prefix = train(base, ROWS, settings=settings_of(reparametrization="embedding", epochs=1))
+    assert prefix.dtype == "float64"
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_prefix(tmp_path: Path) -> None:
     base, out = fresh_base(), tmp_path / "p.safetensors"
     calls = []
@@ -848,6 +908,9 @@ def test_what_excludes_each_other(tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             train(given.pop("base", base), given.pop("records", ROWS), **given)
 
+    infix = train(cached_base(), ROWS, settings=settings_of(infix=True, epochs=1))
+    for settings in (settings_of(), settings_of(infix=True)):
+        refused("expected a prefix to go on from; got an infix", settings=settings, init_from=infix)
     refused("infix is an ablation .* has no file format", settings=settings_of(infix=True), out=out)
     refused("infix is an ablation", base=cached_base("bart"), settings=settings_of(infix=True))
     refused("patience counts epochs by their development loss: give dev", settings=settings_of(patience=1))

@@ -155,21 +155,24 @@ def train(
     check_out(out_file, resume=resume, overwrite=overwrite)
     if log_with is not None and log_with not in TRACKERS:
         raise SettingsError(f"expected a tracker of {', '.join(TRACKERS)}; got {log_with!r}")
+    if log_dir is not None and log_with is None:
+        raise SettingsError(f"expected a tracker to write into --log-dir; give --log-with {'|'.join(TRACKERS)}")
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise MissingExtraError("trackers", log_with)
     try:
         accelerator = Accelerator(log_with=log_with, project_dir=log_dir or out_file.parent, cpu=t.on_cpu(device))
-    except ValueError as error:
-        # of what its environment variables and configuration file say
+    except (ValueError, ImportError) as error:
+        # of what its environment variables and configuration file say, DeepSpeed where there is none too
         raise SettingsError(f"accelerate refuses its settings: {one_line(error)}") from None
     device = t.device_of(device, accelerator)
+    frozen = load_base(base, dtype=dtype, device=device)
     if log_with is not None:
         accelerator.init_trackers(
             "foreword",
             config={k: v for k, v in dataclasses.asdict(settings).items() if isinstance(v, int | float | str)},
         )
-    frozen = load_base(base, dtype=dtype, device=device)
     bar = t.bar(TextColumn("loss {task.fields[loss]}"), TextColumn("{task.fields[speed]} tokens/s"))
+    bar.disable |= not accelerator.is_main_process
     began = time.perf_counter()
     last: Any = None
     with t.told_if_interrupted("the same command with --resume goes on from the last checkpoint"), bar:
@@ -264,7 +267,7 @@ def generate(
     Outputs of rows are kept as they come, in OUTPUT.part: the same command again goes on where it was killed.
     """
     from foreword.bases import load_base
-    from foreword.data import column_names, read_records, renamed
+    from foreword.data import read_records, renamed
     from foreword.generation import generate as generate_texts
     from foreword.generation import stream
     from foreword.outputs import Outputs, part_of
@@ -301,11 +304,10 @@ def generate(
         return
     assert input_file is not None
     assert output_file is not None
-    rows, names = read_records(input_file), column_names(input, "output")
+    rows, names = read_records(input_file), {} if input == "input" else {input: "input"}
     records = [renamed(row, names, f"{input_file}, record {number}") for number, row in enumerate(rows, 1)]
     for written in (output_file, part_of(output_file)):
         check_apart(written, input_file, prefix)
-    check_new(output_file, overwrite=overwrite)
     opened = None if store is None else Store(store)
     if store is not None and prefix is None and not any(record.get("prefix") for record in records):
         raise SettingsError(
@@ -334,6 +336,7 @@ def generate(
             overwrite=overwrite,
             on_rows=lambda n: bar.advance(task, n),
         )
+        check_new(output_file, overwrite=overwrite or kept.whole)
         made = kept.generate(lambda: load_base(base, dtype=dtype, device=device))
     kept.finish({**row, "output": text} for row, text in zip(rows, made, strict=True))
 

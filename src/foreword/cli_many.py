@@ -109,6 +109,9 @@ def train_many(
     dev_users = None if dev is None else many.UserFile(dev, by, input=input, output=output)
     start = None if init_from is None else Prefix.load(init_from)
     framing = t.framing_of(template, chat, max_input_tokens, start)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise SettingsError(f"expected no mixed precision with train-many; got {precision!r}: give --dtype instead")
     store = Store(out_store, create=True)
     # processes end at different times, and wait for each other
     state = PartialState(cpu=t.on_cpu(device), timeout=timedelta(days=30))

@@ -224,8 +224,8 @@ def _question(record: Record, where: str) -> list[dict[str, str]]:
     """The messages before the answer; an input by itself is the user's."""
     _check_mapping(record, where)
     given = record.get("messages")
-    if given is None and isinstance(record.get("input"), str):
-        given = [{"role": "user", "content": record["input"]}]
+    if given is None and record.get("input") is not None:
+        given = [{"role": "user", "content": _text(record, "input", where)}]
     return _check_messages(given, where)[0]
 
 
@@ -291,7 +291,8 @@ def _text(record: Record, name: str, where: str) -> str:
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
         came = "no such column" if name not in record else type(value).__name__
-        hint = ": rows of messages take --chat, or Framing(chat=True)" if "messages" in record else ""
+        messages = record.get("messages") is not None
+        hint = ": rows of messages are for prefixes trained with --chat, or Framing(chat=True)" if messages else ""
         raise DataError(
             f"{where}: expected text in the column {name!r}; got {came} (columns: {_columns(record)}){hint}"
         )
@@ -387,19 +388,22 @@ def _output(base: Base, text: str, limit: int | None, where: str) -> list[int]:
         y = y[:-1]
     if not set(y) - {base.tokenizer.bos_token_id}:
         raise DataError(f"{where}: expected a non-empty output; y is the end token alone: drop the record or fill it")
-    return [*y[:limit], base.end_id]
+    begun = y[:1] == [base.tokenizer.bos_token_id]
+    return [*y[: None if limit is None else limit + begun], base.end_id]
 
 
 def check_fits(base: Base, x: int, y: int, length: int, where: str) -> None:
-    """Raise `TooLongError` where x and y, in tokens, and P don't fit the base's context."""
+    """Raise `TooLongError` where x and y, in tokens, and P don't fit the base's context; y of one token is yet to come."""
     if base.context is None:
         return
     needed = max(x, y) if base.is_encoder_decoder else length + x + y
     if needed > base.context:
         what = f"x of {x} and y of {y} tokens" + ("" if base.is_encoder_decoder else f" after {length} virtual tokens")
+        alone = y if base.is_encoder_decoder else length + 1 + y
+        cut = "max_output_tokens" if y > 1 and alone > base.context else "max_input_tokens"
         raise TooLongError(
             f"{where}: expected at most {base.context} positions, the base's context; got {what}: shorten it, or "
-            "train with max_input_tokens"
+            f"train with {cut}"
         )
 
 

@@ -143,7 +143,7 @@ def stream(
 def _frame(base: Base, record: Input, prefix: Prefix | None, framing: Framing | None, where: str) -> list[int]:
     record = {"input": record} if isinstance(record, str) else record
     if framing is None:
-        chat = isinstance(record, Mapping) and "messages" in record
+        chat = isinstance(record, Mapping) and record.get("messages") is not None
         framing = Framing(chat=chat) if prefix is None else prefix.card.framing
     return frame(base, record, framing, where)
 

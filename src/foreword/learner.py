@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreword.data import Record, Row, batches, rows_of, tokenize
-from foreword.errors import SettingsError, TrainingError
+from foreword.errors import PrefixFileError, SettingsError, TrainingError
 from foreword.prefix import Card, Framing, Prefix, check_prefix
 from foreword.reparam import TrainablePrefix, trainable_prefix
 from foreword.settings import TrainSettings
@@ -80,6 +80,8 @@ def framing_for(base: Base, framing: Framing | None, init_from: Prefix | None) -
     if init_from is None:
         return framing or Framing()
     check_prefix(init_from, base)
+    if init_from.infix:
+        raise SettingsError("expected a prefix to go on from; got an infix, an ablation that is trained once")
     return framing or init_from.card.framing
 
 
@@ -239,7 +241,16 @@ class Learner:
             self.epoch_losses = []
 
     def judge(self, dev_loss: float) -> None:
-        """Take note of an epoch's development loss, and keep the prefix if none was better."""
+        """Take note of an epoch's development loss, and keep the prefix if none was better.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        if not math.isfinite(dev_loss):
+            raise TrainingError(
+                f"the development loss is {dev_loss:g} after step {self.step}: lower the learning rate (now "
+                f"{self.settings.peak_lr:g}), or look for odd development rows"
+            )
         if dev_loss < self.metrics.get("dev_loss", math.inf):
             self.metrics["dev_loss"] = dev_loss
             self.best = {name: tensor.clone() for name, tensor in self.trainable.state_dict().items()}
@@ -252,10 +263,17 @@ class Learner:
 
         The card's metrics: `first_epoch_loss` and `train_loss`, means over the steps of the first and of the last epoch;
         `dev_loss`, the lowest.
+
+        Raises:
+            TrainingError: its numbers would overflow in the base.
         """
         if self.best is not None:
             self.trainable.load_state_dict(self.best)
-        return self.trainable.fold(self._card())
+        prefix = self.trainable.fold(self._card())
+        try:
+            return prefix.check(self.base)
+        except PrefixFileError as error:
+            raise TrainingError(f"{error}, with a lower learning rate (now {self.settings.peak_lr:g})") from None
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """All that a run needs to go on: tensors, and a few numbers."""

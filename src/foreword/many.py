@@ -342,10 +342,12 @@ def _step(
             modules.compute()
             losses, errors = _mean_losses(plan.base, attachment, judged, rows_at_once)
         for place in judged:
-            if place in errors:
-                reports[place] = active[place].failed(errors[place])
-            else:
+            try:
+                if place in errors:
+                    raise errors[place]
                 active[place].learner.judge(losses[place])
+            except ForewordError as error:
+                reports[place] = active[place].failed(error)
     for place, slot in enumerate(active):
         if reports[place] is None and slot.learner.done:
             try:

@@ -44,6 +44,7 @@ class Outputs:
 
     Attributes:
         run: a hash of all that decides the outputs; the batch size does not.
+        whole: there is one for every input, and all that is left, or was left when the run was killed, is `finish`.
 
     Raises:
         SettingsError: `file` or `FILE.part` is a folder or a device, or `FILE.part` has something else.
@@ -78,6 +79,7 @@ class Outputs:
             check_file(path)
         begun = self.rows_of(self.part, "row", overwrite=overwrite)
         self._texts: dict[int, str] = {row["row"]: row["output"] for row in begun}
+        self.whole = len(self._texts) == len(inputs)
 
     def rows_of(self, path: Path, *columns: str, overwrite: bool = False) -> list[dict[str, Any]]:
         """The run's rows in a file, with an output and these columns; none where there is no file.

@@ -29,6 +29,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as safetensors_bytes
 
 from foreword.errors import PrefixFileError, SettingsError, WrongBaseError, one_line
+from foreword.settings import as_numbers
 from foreword.writing import write_atomically
 
 if TYPE_CHECKING:
@@ -70,6 +71,15 @@ class Framing:
     chat: bool = False
     max_input_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        as_numbers(self, int, ["max_input_tokens"])
+        if self.max_input_tokens is not None and self.max_input_tokens < 1:
+            raise SettingsError(f"expected max_input_tokens of at least 1; got {self.max_input_tokens}")
+        if not isinstance(self.template, str) or not isinstance(self.chat, bool):
+            raise SettingsError(
+                f"expected a text as template and a bool as chat; got {self.template!r:.50} and {self.chat!r:.50}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
@@ -106,7 +116,7 @@ class Card:
                 card = cls(**{**raw, "framing": Framing(**raw["framing"])})
                 # NaN and half a surrogate pair can be read, but not printed or written for everybody to read
                 json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, SettingsError) as error:
             raise PrefixFileError(
                 f"the card in the file's header cannot be read ({one_line(error)}): the file was not written by this "
                 "version of foreword"
@@ -115,11 +125,9 @@ class Card:
             raise PrefixFileError(
                 f"expected format {FORMAT}; the file has format {one_line(version)}: upgrade foreword"
             )
-        strings = (card.base, card.fingerprint, card.framing.template, card.init, card.created)
+        strings = (card.base, card.fingerprint, card.init, card.created)
         if not (
             all(isinstance(value, str) for value in strings)
-            and isinstance(card.framing.chat, bool)
-            and isinstance(card.framing.max_input_tokens, int | None)
             and isinstance(card.training, dict)
             and isinstance(card.metrics, dict)
             # an integer that no float holds would break whoever prints it
@@ -226,7 +234,7 @@ class Prefix:
 
         Raises:
             WrongBaseError: it was trained on another base, or its shapes are not those of `base`.
-            PrefixFileError: numbers that no training makes, which would overflow in the base.
+            PrefixFileError: numbers that would overflow in the base.
         """
         if self.card.fingerprint != base.fingerprint:
             raise WrongBaseError(
@@ -239,9 +247,10 @@ class Prefix:
                 "the file is damaged"
             )
         largest, where = self._largest
-        if largest > LARGEST:
+        most = min(LARGEST, torch.finfo(base.dtype).max)
+        if largest > most:
             raise PrefixFileError(
-                f"{where}: expected numbers up to {LARGEST:,.0f}; got {largest:.3g}, which overflows in the base: train the prefix "
+                f"{where}: expected numbers up to {most:,.0f}; got {largest:.3g}, which overflows in the base: train the prefix "
                 "anew"
             )
         return self

@@ -60,13 +60,14 @@ def layers_of(matrix: torch.Tensor, layers: Sequence[tuple[int, int]]) -> list[L
 
 
 def matrix_of(layers: Sequence[Layer]) -> torch.Tensor:
-    """The inverse of `layers_of`: [G, P, D] keys and values of each layer as one [P, W], in float32."""
-    return torch.cat([tensor.transpose(-2, -3).flatten(-2) for layer in layers for tensor in layer], dim=-1).float()
+    """The inverse of `layers_of`: [G, P, D] keys and values of each layer as one [P, W], in float32; float64 stays."""
+    matrix = torch.cat([tensor.transpose(-2, -3).flatten(-2) for layer in layers for tensor in layer], dim=-1)
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def matrices_of(prefix: Prefix) -> dict[str, torch.Tensor]:
     """P_θ of a saved prefix, [P, W] in float32 for each section."""
-    return {section: matrix_of(layers) for section, layers in prefix.sections.items()}
+    return {section: matrix_of(layers).float() for section, layers in prefix.sections.items()}
 
 
 class TrainablePrefix(nn.Module):
@@ -233,7 +234,7 @@ def activations(base: Base, x: Sequence[int], y: Sequence[int], length: int) -> 
         # no logits; and where a prefix is attached meanwhile, these tokens' positions still count from 0
         base.model.base_model(**inputs, use_cache=False)
     return {
-        section: matrix_of([(layers[i][0][0], layers[i][1][0]) for i in range(len(layers))]).cpu()
+        section: matrix_of([(layers[i][0][0], layers[i][1][0]) for i in range(len(layers))]).float().cpu()
         for section, layers in seen.items()
     }
 

@@ -90,6 +90,10 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and not low <= value < math.inf:
                 raise SettingsError(f"expected {name} of at least {low}; got {value}")
+        for name in counts:
+            bits = (getattr(self, name) or 0).bit_length()
+            if bits > 31:
+                raise SettingsError(f"expected {name} below 2**31; got a number of {bits} bits")
         if self.seed >= 1 << 32:
             raise SettingsError(f"expected a seed below 2**32; got {self.seed}")
         if not 0 <= self.warmup < 1:
@@ -158,5 +162,5 @@ class GenerateSettings:
             raise SettingsError(f"expected length_penalty from -10 to 10; got {self.length_penalty}")
         if self.num_beams > 1 and self.temperature > 0:
             raise SettingsError("beams and sampling exclude each other: set num_beams to 1, or temperature to 0")
-        if isinstance(self.stop, str) or not all(self.stop):
+        if isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop):
             raise SettingsError(f"expected a list of non-empty stop strings; got {self.stop!r}")

@@ -30,7 +30,7 @@ from foreword.attach import Attachment, attach
 from foreword.attention import NAME
 from foreword.checkpoint import check_out, checkpoint_of, read_checkpoint, write_checkpoint
 from foreword.data import Record, collate
-from foreword.errors import SettingsError
+from foreword.errors import SettingsError, TrainingError
 from foreword.learner import Learner, checkpointing, framing_for, init_name, make_trainable
 from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
@@ -165,6 +165,11 @@ def train(
         learner.load_state(*read_checkpoint(checkpoint, learner.identity))
     # the first to be done removes the checkpoint, which all have seen by now
     accelerator.wait_for_everyone()
+    step = torch.tensor(float(learner.step), device=base.device)
+    if accelerator.reduce(step, "mean").item() != learner.step:
+        raise TrainingError(
+            f"expected every process to see the checkpoint {checkpoint}: put it on a disk that all share"
+        )
 
     work = Work(base, learner.trainable.length)
     count, tokens, operations, seconds = 0, 0, 0.0, 0.0

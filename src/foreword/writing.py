@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import secrets
@@ -84,7 +85,8 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _aside(path: Path) -> str:
-    return f".{path.name[:40]}."
+    # names may begin alike, and be too long for more to be put after them
+    return f".{path.name[:40]}.{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}."
 
 
 def remove_asides(path: str | os.PathLike[str]) -> None:
