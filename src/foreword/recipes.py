@@ -67,6 +67,15 @@ RECIPES: Mapping[str, Recipe] = {
         generation=_BEAMS,
         source="docs/tasks.md: 1,000 WebNLG rows of five categories on smollm2-135m, two seeds",
     ),
+    "summarization": Recipe(
+        options={
+            **{"length": 10, "reparametrization": "mlp", "init_text": "summarize: describe the package in one line"},
+            **{"lr": 2.5e-4, "epochs": 1, "batch_size": 8, "warmup": 0.1},
+            **{"max_input_tokens": 256, "max_output_tokens": 30},
+        },
+        generation={**_BEAMS, "max_new_tokens": 30},
+        source="docs/tasks.md: 1,600 rows of Debian packages' synopses on smollm2-135m, one seed",
+    ),
     "paper-e2e": Recipe(
         options={**_PAPER, "hidden": 512, "length": 5, "lr": 8e-5, "epochs": 5, "batch_size": 10},
         generation=_BEAMS,
