@@ -62,7 +62,9 @@ def test_the_recipe_for_e2e_is_the_defaults_that_were_measured() -> None:
 
 
 def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(SettingsError, match="expected a recipe of e2e, e2e-few, webnlg, summarization, paper-e2e, .*; got 'e3e'"):
+    with pytest.raises(
+        SettingsError, match="expected a recipe of e2e, e2e-few, webnlg, summarization, paper-e2e, .*; got 'e3e'"
+    ):
         recipe("e3e")
 
 

@@ -189,10 +189,7 @@ def train(
             operations += sum(map(work.of, chosen))
             dev_loss = None
             if learner.dev_rows and learner.epoch_ended:
-                with accelerator.autocast():
-                    dev_loss = mean_loss(
-                        base, learner.dev_rows, attachment, batch_size=settings.batch_size, infix=settings.infix
-                    )
+                dev_loss = _dev_loss(base, attachment, learner, accelerator)
                 learner.judge(dev_loss)
             progress = TrainingProgress(
                 step=learner.step,
@@ -269,6 +266,20 @@ def _gradients(
             parameter.grad = accelerator.reduce(gradient, "sum")
         total = accelerator.reduce(total, "sum")
     return total.item()
+
+
+def _dev_loss(base: Base, attachment: Attachment, learner: Learner, accelerator: Accelerator | _Alone) -> float:
+    """Mean over the y tokens of the development rows, of which each process takes its share; the same in all of them."""
+    settings = learner.settings
+    own = learner.dev_rows[accelerator.process_index :: accelerator.num_processes]
+    share = sum(len(row.y) for row in own) / sum(len(row.y) for row in learner.dev_rows)
+    loss = 0.0
+    if own:
+        with accelerator.autocast():
+            loss = share * mean_loss(base, own, attachment, batch_size=settings.batch_size, infix=settings.infix)
+    if accelerator.num_processes > 1:
+        loss = accelerator.reduce(torch.tensor(loss, device=base.device), "sum").item()
+    return loss
 
 
 def _log(accelerator: Accelerator | _Alone, progress: TrainingProgress) -> None:
