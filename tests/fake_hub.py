@@ -21,7 +21,7 @@ OWNER = "somebody"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Attributes: `repos`, by id a list of commits (hash, files); `private`, by id; `calls`, what was asked."""
+    """Attributes: `repos`, by id a list of commits (hash, files); `private`, by id; `calls`, what was asked; `messages`, of commits."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -29,6 +29,7 @@ class FakeHub(ThreadingHTTPServer):
         self.private: dict[str, bool] = {}
         self.large: dict[str, bytes] = {}
         self.calls: list[str] = []
+        self.messages: list[str] = []
 
     @property
     def url(self) -> str:
@@ -123,7 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
         for line in self.body.splitlines():
             item = json.loads(line)
             value = item["value"]
-            if item["key"] == "file":
+            if item["key"] == "header":
+                self.server.messages.append(value["summary"])
+            elif item["key"] == "file":
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif item["key"] == "lfsFile":
                 changes[value["path"]] = self.server.large[value["oid"]]

@@ -82,6 +82,12 @@ def test_an_encoder_decoders_card_and_a_summarys() -> None:
     assert {result.task_type for result in card.data.eval_results} == {"summarization"}
 
 
+def test_figures_of_a_part_of_the_data_say_so() -> None:
+    text = model_card(told(), name="voice", evaluations=[{**EVALUATION, "limit": 10}])
+    assert "On `devset.csv` (the first 10 inputs), num_beams 5" in text
+    assert {one.dataset_name for one in ModelCard(text).data.eval_results} == {"devset.csv (the first 10 inputs)"}
+
+
 def test_the_card_is_the_hubs_and_says_what_the_file_says() -> None:
     text = model_card(
         told(),
@@ -201,6 +207,14 @@ def test_push_and_pull(hub: FakeHub, tmp_path: Path) -> None:
     got = pull("somebody/voice", tmp_path / "got.safetensors", endpoint=hub.url)
     assert (tmp_path / "got.safetensors").read_bytes() == path.read_bytes()
     assert got.card == Prefix.load(path).card
+
+
+def test_where_the_base_lies_is_not_published(hub: FakeHub, tmp_path: Path) -> None:
+    path = tmp_path / "voice.safetensors"
+    told(base="/home/alice/acme/llama").save(path)
+    push(path, "voice", endpoint=hub.url, token=TOKEN)
+    assert hub.messages == ["A prefix for llama"]
+    assert "alice" not in hub.repos["somebody/voice"][-1][1]["README.md"].decode()
 
 
 def test_a_second_push_is_a_second_version_and_keeps_the_card(hub: FakeHub, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_the_file_of_keys(tmp_path: Path) -> None:
     ]
     with pytest.raises(SettingsError, match="no key 'zz'"):
         keys.remove("zz")
-    with pytest.raises(SettingsError, match="expected concurrency of at least 1; got 0"):
+    with pytest.raises(SettingsError, match="expected concurrency as a whole number of at least 1; got 0"):
         keys.add(concurrency=0)
     assert keys.remove(key.id).id == key.id
     assert KeyFile(path).find(text) is None
@@ -204,14 +204,26 @@ def test_the_file_of_keys(tmp_path: Path) -> None:
     _, text = keys.add(admin=True)
     # whoever may read it may go on to
     assert path.stat().st_mode & 0o777 == 0o640
-    one = '{"format": 1, "keys": [{"id": "1", "sha256": "", %s}]}'
-    for bad in (
-        b"{", b"[]", b"\xff\xfe", b'{"format": 1, "keys": [{"id": 1}]}', b'{"format": 2, "keys": []}',
-        # which would be every name that * stands for, and an admin
-        (one % '"prefixes": "team/*"').encode(), (one % '"prefixes": [1]').encode(), (one % '"admin": "no"').encode(),
-    ):  # fmt: skip
+    for bad in (b"{", b"[]", b"\xff\xfe", b'{"format": 1, "keys": [{"id": 1}]}', b'{"format": 2, "keys": []}'):
         path.write_bytes(bad)
         with pytest.raises(SettingsError, match="expected a file of API keys"):
+            KeyFile(path)
+    for odd, message in {
+        # which would be every name that * stands for, and an admin
+        '"prefixes": "team/*"': "expected prefixes to be a list of names; got 'team/\\*'",
+        '"prefixes": [1]': r"expected prefixes to be a list of names; got \[1\]",
+        '"prefixes": null': "expected prefixes to be a list of names; got None",
+        '"admin": "no"': "expected admin to be true or false; got 'no'",
+        '"id": ["x"]': r"expected id as text; got \['x'\]",
+        '"label": 5': "expected label as text; got 5",
+        '"created": 5': "expected created as text; got 5",
+        '"tokens_per_minute": NaN': "expected tokens_per_minute as a whole number of at least 1; got nan",
+        '"concurrency": "5"': "expected concurrency as a whole number of at least 1; got '5'",
+    }.items():
+        path.write_text(
+            json.dumps({"format": 1, "keys": [{"id": "1", "sha256": ""}]}).replace('"sha256"', f'{odd}, "sha256"')
+        )
+        with pytest.raises(SettingsError, match=f"keys.json: one of its API keys is none: {message}$"):
             KeyFile(path)
     with pytest.raises(SettingsError, match="expected prefixes to be a list of names; got 'a'"):
         Key(id="", sha256="", prefixes="a")  # type: ignore[arg-type]
@@ -454,9 +466,20 @@ def test_damaged_and_foreign_prefixes_of_the_store(world: World, tmp_path: Path)
     world.store.put("foreign", Prefix(foreign.sections, Card(base="other", fingerprint="1" * 64)))
     (file,) = (tmp_path / "store").rglob(f"*{world.store.newest('damaged').sha256}.safetensors")
     file.write_bytes(b"?")
+    narrow = {"decoder": [(keys[:1, :, :3], values[:1, :, :3]) for keys, values in foreign.sections["decoder"]]}
     with world.http() as client:
         answer = world.complete(client, "damaged")
         assert (answer.status_code, error_of(answer)["code"]) == (500, "prefix_damaged")
+        for card, message in (
+            (foreign.card, "the prefix's layers do not fit the base that its card names: the file is damaged"),
+            (
+                Card(base="/some/path", fingerprint="1" * 64),
+                f"expected a prefix of '{BASE}'; this one was trained on another base",
+            ),
+        ):
+            answer = client.put("/v1/prefixes/x", content=Prefix(narrow, card).to_bytes())
+            assert (answer.status_code, error_of(answer)["code"]) == (400, "bad_prefix_file")
+            assert error_of(answer)["message"] == message
         answer = world.complete(client, "foreign")
         assert (answer.status_code, error_of(answer)["code"]) == (400, "wrong_base")
         assert world.complete(client, "good").status_code == 200
@@ -608,6 +631,49 @@ def test_who_sends_forever(tmp_path: Path, method: str, path: str, said: str) ->
         assert "expected the whole request within 1 s; send it faster" in answer
         world.engine.open.clear()
         assert world.complete(client).status_code == 504
+
+
+def test_a_request_s_texts_are_its_prompts_times_n(tmp_path: Path) -> None:
+    world = World(tmp_path, max_texts=1000)
+    with world.running(), world.http() as client:
+        assert len(world.complete(client, prompt=["x"] * 64, n=2).json()["choices"]) == 128
+        answer = world.complete(client, prompt=["x"] * 65, n=2)
+        assert answer.status_code == 400
+        assert error_of(answer)["message"] == "expected at most 128 texts of one request; got 130"
+
+
+def test_words_of_log_probabilities_are_made_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = world.app.state.service
+    decoded: list[list[int]] = []
+    real = world.base.tokenizer.decode
+    monkeypatch.setattr(world.base.tokenizer, "decode", lambda ids, **how: decoded.append(ids) or real(ids, **how))
+    assert [service.word(65), service.word(66), service.word(65)] == [
+        service.word(65),
+        service.word(66),
+        service.word(65),
+    ]
+    assert decoded == [[65], [65, 65], [66], [66, 66]]
+
+
+def test_a_body_that_is_not_said_to_be_json(world: World) -> None:
+    with world.http() as client:
+        answer = client.post(
+            "/v1/completions",
+            content=json.dumps({"model": BASE, "prompt": "x"}),
+            headers={"content-type": "application/x-www-form-urlencoded"},
+        )
+        assert answer.status_code == 400
+        message = "expected Content-Type: application/json; got 'application/x-www-form-urlencoded'"
+        assert error_of(answer)["message"] == message
+
+
+def test_a_name_is_listed_once_however_patterns_spell_it(tmp_path: Path) -> None:
+    world = World(tmp_path, keys=True)
+    assert world.keys is not None
+    world.put("Zoë-1")
+    _, key = world.keys.add(prefixes=("Zoë*", "Zoe\u0308-*"))
+    with world.running(), world.http(key) as client:
+        assert [one["id"] for one in client.get("/v1/models").json()["data"]] == [BASE, "Zoë-1"]
 
 
 def test_too_many(tmp_path: Path) -> None:

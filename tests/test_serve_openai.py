@@ -398,7 +398,7 @@ def test_chat_is_refused(world: World, client: openai.OpenAI) -> None:
         ({"temperature": -1}, "temperature: "),
         ({"temperature": 2.01}, "temperature: "),
         ({"n": 0}, "n: "),
-        ({"n": 128, "prompt": ["a", "b", "c"]}, "expected at most 256 texts of one request; got 384"),
+        ({"n": 128, "prompt": ["a", "b", "c"]}, "expected at most 128 texts of one request; got 384"),
         ({"prompt": ""}, ""),
         ({"prompt": []}, "prompt"),
         ({"max_tokens": 0}, "max_tokens: "),

@@ -116,6 +116,10 @@ def test_a_port_that_is_in_use(run: Run, tmp_path: Path) -> None:
         ran = run("serve", "--base", "none", "--prefixes", "S", "--port", port)
     message = f"error: cannot listen on port {port} of '127.0.0.1' (Address already in use): give another with --port\n"
     assert (ran.code, ran.err) == (2, message)
+    # of TEST-NET-1, which no machine has
+    ran = run("serve", "--base", "none", "--prefixes", "S", "--host", "192.0.2.1", "--keys", "K")
+    assert ran.code == 2
+    assert ran.err.endswith("give another with --host\n")
 
 
 # what takes a process

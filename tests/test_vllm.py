@@ -207,7 +207,7 @@ def test_files_that_are_missing_or_wrong(small: Harness) -> None:
         "missing": (NoSuchPrefixError, "is not in the store any more"),
         "cut": (PrefixFileError, "is damaged"),
         "foreign": (WrongBaseError, "expected a prefix for the base"),
-        "wide": (WrongBaseError, "layers do not fit the base"),
+        "wide": (PrefixFileError, "layers do not fit the base"),
         "large": (SettingsError, "expected prefixes of at most 400,000 bytes, the memory that they have together; "),
     }
     for name, (error, match) in errors.items():

@@ -74,6 +74,7 @@ def serve(
     from foreword.store import Store
 
     # whatever can be wrong is looked at before the base, which may be large, is loaded
+    settings = Settings(max_texts=max_texts, timeout=timeout, grace=grace, max_upload=max_upload * MIB)
     check_address(host, keys=keys is not None)
     check_port(host, port)
     key_file = None if keys is None else KeyFile(keys)
@@ -93,7 +94,6 @@ def serve(
         ranks=ranks,
         vllm_options=_options(vllm_options),
     )
-    settings = Settings(max_texts=max_texts, timeout=timeout, grace=grace, max_upload=max_upload * MIB)
     app = create_app(loaded, store, engine=made, keys=key_file, base_name=base_name, settings=settings)
     served = run(app, host=host, port=port)
     leave_hung_threads(LAST_SECONDS, 0 if served else 1)

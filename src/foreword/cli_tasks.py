@@ -139,6 +139,7 @@ def evaluate(
             "task": task,
             "data": data,
             "split": split,
+            "limit": limit,
             "prefix": prefix.name,
             "base": loaded.card.base,
             "generation": generation,

@@ -107,7 +107,7 @@ def _facts(prefix: Prefix, licence: str | None, data: Sequence[str]) -> list[tup
         ("started from", _code(card.init) if card.init else "not said"),
         ("trained on", ", ".join(map(_code, data)) or "not said"),
         ("licence", _code(licence) if licence else "not said; the base and the data have their own"),
-        ("made", card.created),
+        ("made", _code(card.created)),
     ]
 
 
@@ -135,7 +135,8 @@ def _evaluation(facts: Mapping[str, Any]) -> list[str]:
     draws = facts["samples"]
     return [
         f"## Evaluation: {facts['task']}",
-        f"On {_code(_data_name(facts))}, {how}" + (f"; 95% intervals of {draws} bootstrap samples." if draws else "."),
+        f"On {_code(_data_name(facts))}{_part(facts)}, {how}"
+        + (f"; 95% intervals of {draws} bootstrap samples." if draws else "."),
         _table(("", "inputs", *names), rows),
         "\n".join(f"- {name}: {_code(signature)}" for name, signature in facts["signatures"].items()),
     ]
@@ -145,6 +146,10 @@ def _data_name(facts: Mapping[str, Any]) -> str:
     """Where it lies here is nobody's business."""
     data = str(facts["data"])
     return data if data.startswith(HUB) else Path(data).name
+
+
+def _part(facts: Mapping[str, Any]) -> str:
+    return f" (the first {facts['limit']} inputs)" if facts.get("limit") else ""
 
 
 def _results(facts: Mapping[str, Any]) -> list[Any]:
@@ -157,7 +162,7 @@ def _results(facts: Mapping[str, Any]) -> list[Any]:
             task_type=_TASK_TYPES.get(task, "text-generation"),
             task_name=task,
             dataset_type=task,
-            dataset_name=data,
+            dataset_name=data + _part(facts),
             dataset_split=facts["split"],
             metric_type=_METRIC_TYPES.get(name, name.lower()),
             metric_name=name,
@@ -229,7 +234,9 @@ def push(
         files = [CommitOperationAdd(FILE_NAME, str(path))]
         if card is not None:
             files.append(CommitOperationAdd(README, card.encode()))
-        return str(api.create_commit(repo, files, commit_message=f"A prefix for {prefix.card.base}").commit_url)
+        return str(
+            api.create_commit(repo, files, commit_message=f"A prefix for {_base_name(prefix.card.base)}").commit_url
+        )
 
 
 def pull(

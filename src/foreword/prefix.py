@@ -233,8 +233,8 @@ class Prefix:
         """Return the prefix itself if it was made for `base`.
 
         Raises:
-            WrongBaseError: it was trained on another base, or its shapes are not those of `base`.
-            PrefixFileError: numbers that would overflow in the base.
+            WrongBaseError: it was trained on another base.
+            PrefixFileError: its shapes are not those of `base`, or its numbers would overflow there.
         """
         if self.card.fingerprint != base.fingerprint:
             raise WrongBaseError(
@@ -242,10 +242,7 @@ class Prefix:
                 f"on {self.card.base!r} ({self.card.fingerprint[:12]}): load that base, or train a prefix for this one"
             )
         if self.shapes != base.shapes:
-            raise WrongBaseError(
-                f"the prefix's layers do not fit the base {base.name!r}, though its card, for {self.card.base!r}, says so: "
-                "the file is damaged"
-            )
+            raise PrefixFileError("the prefix's layers do not fit the base that its card names: the file is damaged")
         largest, where = self._largest
         most = min(LARGEST, torch.finfo(base.dtype).max)
         if largest > most:

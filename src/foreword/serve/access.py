@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from foreword.errors import SettingsError
+from foreword.errors import SettingsError, one_line
 from foreword.writing import write_atomically
 
 __all__ = ["OPEN", "Key", "KeyFile"]
@@ -65,8 +65,12 @@ class Key:
     created: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("id", "label", "created"):
+            if not isinstance(getattr(self, name), str):
+                raise SettingsError(f"expected {name} as text; got {getattr(self, name)!r}")
         # a string would be taken letter by letter, and one of them may be *
-        if isinstance(self.prefixes, str) or not all(isinstance(name, str) for name in self.prefixes):
+        listed = isinstance(self.prefixes, Sequence) and not isinstance(self.prefixes, str)
+        if not listed or not all(isinstance(name, str) for name in self.prefixes):
             raise SettingsError(f"expected prefixes to be a list of names; got {self.prefixes!r}")
         object.__setattr__(self, "prefixes", tuple(self.prefixes))
         if not (isinstance(self.sha256, str) and re.fullmatch(r"[0-9a-f]{64}|", self.sha256, re.ASCII)):
@@ -75,8 +79,8 @@ class Key:
             raise SettingsError(f"expected admin to be true or false; got {self.admin!r}")
         for name in ("tokens_per_minute", "concurrency"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"expected {name} of at least 1; got {value}")
+            if value is not None and (type(value) is not int or value < 1):
+                raise SettingsError(f"expected {name} as a whole number of at least 1; got {value!r}")
 
     def may_use(self, name: str) -> bool:
         """Whether it may use the prefix of that name."""
@@ -84,9 +88,13 @@ class Key:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    # names are in NFC
-    pattern = unicodedata.normalize("NFC", pattern)
-    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name, re.DOTALL) is not None
+    parts = normalized(pattern).split("*")
+    return re.fullmatch(".*".join(map(re.escape, parts)), name, re.DOTALL) is not None
+
+
+def normalized(pattern: str) -> str:
+    """As names are, in NFC."""
+    return unicodedata.normalize("NFC", pattern)
 
 
 OPEN = Key(id="open", sha256="", admin=True)
@@ -151,7 +159,9 @@ class KeyFile:
             if raw["format"] != FORMAT:
                 raise ValueError
             keys = [Key(**one) for one in raw["keys"]]
-        except (ValueError, TypeError, KeyError, RecursionError, SettingsError):
+        except SettingsError as error:
+            raise SettingsError(f"{self.path}: one of its API keys is none: {one_line(error)}") from None
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise SettingsError(
                 f"expected a file of API keys at {self.path}; it is something else: name another, or make one with "
                 "foreword keys add"

@@ -12,10 +12,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from foreword.data import fields_of
-from foreword.errors import NoSuchPrefixError, PrefixFileError, one_line
+from foreword.errors import NoSuchPrefixError, PrefixFileError, WrongBaseError, one_line
 from foreword.prefix import Prefix
 from foreword.serve import schemas
-from foreword.serve.access import Key
+from foreword.serve.access import Key, normalized
 from foreword.serve.problems import Problem, no_such_model
 from foreword.serve.residents import size_of
 from foreword.serve.service import Admin, Asking, Service
@@ -34,7 +34,7 @@ def _created(version: Version) -> int:
 
 def _usable(store: Store, key: Key, base_name: str) -> Iterator[Version]:
     """The newest version of every prefix that a key may use, head by head of its patterns."""
-    heads = {""} if key.admin else {pattern.partition("*")[0] for pattern in key.prefixes}
+    heads = {""} if key.admin else {normalized(pattern).partition("*")[0] for pattern in key.prefixes}
     for head in heads:
         if any(head != other and head.startswith(other) for other in heads):
             continue  # those names come with the other's
@@ -139,6 +139,10 @@ def _put(service: Service, name: str, data: bytes) -> Version:
     """Check all that can be wrong with a file before a byte of it is stored."""
     try:
         prefix = Prefix.from_bytes(data).check(service.base)
+    except WrongBaseError:
+        # whose message names both, which may be paths
+        message = f"expected a prefix of {service.base_name!r}; this one was trained on another base"
+        raise Problem(400, message, code="bad_prefix_file") from None
     except PrefixFileError as error:
         raise Problem(400, one_line(error, 1000), code="bad_prefix_file") from None
     if not prefix.card.framing.chat:

@@ -116,6 +116,9 @@ async def on_invalid(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return Problem(400, f"expected a body in JSON; at character {first['loc'][-1]} it is none").response()
+    sent = request.headers.get("content-type", "")
+    if first["loc"] == ("body",) and "json" not in sent:
+        return Problem(400, f"expected Content-Type: application/json; got {sent[:64]!r}").response()
     not_of_the_place = ("body", "query", "path", "header", *KINDS)
     param = ".".join(str(part) for part in first["loc"] if part not in not_of_the_place) or None
     where = f"{param}: " if param else ""

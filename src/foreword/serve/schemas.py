@@ -25,6 +25,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 Model = Annotated[str, Field(description="A prefix's name; the base's name for no prefix.")]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 MAX_COLUMNS = 100
+MAX_PARTS = 100
 
 
 TEXT, TEXTS, TOKENS, LISTS, PARTS = KINDS = (
@@ -148,7 +149,8 @@ class TextPart(_Given):
 class Message(_Given):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag(TEXT)] | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag(PARTS)],
+        Annotated[str, Tag(TEXT)]
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag(PARTS)],
         _one_of(TEXT, PARTS),
     ]
     name: None = Field(None, description="Not supported.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 from functools import partial
@@ -39,8 +40,9 @@ def check_port(host: str, port: int) -> None:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             one.bind((host, port))
     except OSError as error:
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         raise SettingsError(
-            f"cannot listen on port {port} of {host!r} ({error.strerror}): give another with --port"
+            f"cannot listen on port {port} of {host!r} ({error.strerror}): give another with {other}"
         ) from None
 
 

@@ -28,6 +28,7 @@ from foreword.serve.engine import Engine, EngineStoppedError, Piece, Request, Sa
 from foreword.serve.limits import Limits
 from foreword.serve.metrics import Metrics
 from foreword.serve.problems import HungUpError, Problem, no_such_model
+from foreword.serve.schemas import MAX_TEXTS
 from foreword.store import Store, Version, check_name
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Service:
         self.base, self.store, self.engine, self.keys, self.settings = base, store, engine, keys, settings
         self.catalog = Catalog(store, engine, settings.timeout)
         self.limits = Limits(settings.max_texts)
+        # twenty a token of every text may be asked for, on the loop that everybody waits for; no more than the vocabulary
+        self._words: dict[int, str] = {}
         self.metrics = Metrics(engine, self.limits)
         self.began = int(time.time())
         self.failure: Exception | None = None
@@ -296,11 +299,9 @@ class Service:
             Problem: more texts than ever fit, or more tokens than the context leaves (400).
             TooLongError: a prompt leaves room for none.
         """
-        count = n * len(prompts)
-        if count > self.settings.max_texts:
-            raise Problem(
-                400, f"expected at most {self.settings.max_texts} texts of one request; got {count}", param="n"
-            )
+        count, most = n * len(prompts), min(MAX_TEXTS, self.settings.max_texts)
+        if count > most:
+            raise Problem(400, f"expected at most {most} texts of one request; got {count}", param="n")
         seed = sampling.pop("seed")
         version: Version | None = None if entry is None else entry.version
         requests: list[Request] = []
@@ -329,9 +330,11 @@ class Service:
 
     def word(self, token: int) -> str:
         """The text of a token amid others, special ones too."""
-        # some tokenizers leave out the space before the first
-        once, twice = (str(self.base.tokenizer.decode([token] * count)) for count in (1, 2))
-        return twice[len(once) :] if twice.startswith(once) else once
+        if token not in self._words:
+            # some tokenizers leave out the space before the first
+            once, twice = (str(self.base.tokenizer.decode([token] * count)) for count in (1, 2))
+            self._words[token] = twice[len(once) :] if twice.startswith(once) else once
+        return self._words[token]
 
     async def pieces(self, key: Key, texts: Texts) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all texts as they come, each with its text's number.

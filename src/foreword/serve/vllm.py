@@ -120,7 +120,10 @@ class VllmEngine(Engine):
         self._threads = StoreThreads()
         self.budget = budget
         options = dict(options or {})
-        limits = [limit for limit in (base.context, options.get("max_model_len")) if limit is not None]
+        given = options.get("max_model_len")
+        if given is not None and (type(given) is not int or given < 1):
+            raise SettingsError(f"expected vLLM's max_model_len as a whole number of at least 1; got {given!r}")
+        limits = [limit for limit in (base.context, given) if limit is not None]
         self._config = self._configured(ranks, cache_bytes, {**options, "max_model_len": min(limits, default=None)})
         self.context = self._config.model_config.max_model_len
         self._ends = end_ids(base)
