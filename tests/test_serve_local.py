@@ -567,6 +567,30 @@ def test_text_as_it_comes(stop: tuple[str, ...]) -> None:
         assert so_far.stopped == (cut < len(full))
 
 
+def test_bytes_that_are_no_text_are_read_a_few_times_each() -> None:
+    """And not all of them again with each new one, in the thread that all rows share."""
+    base = reference_base("llama")
+    draw = random.Random(0)
+    for whole in range(30):
+        # lone bytes of all kinds, and now and then a character
+        some = [
+            draw.choice([b"\xf0", b"\x9f", b"\x99", b"\xe6", b"\xc3", "🙂".encode(), b"a"][: 5 if whole % 2 else 7])
+            for _ in range(97)
+        ]
+        tokens = [vocabulary(base)[byte] for byte in b"".join(some)]
+        asked: list[int] = []
+
+        def decode(ids: Sequence[int], asked: list[int] = asked) -> str:
+            asked.append(len(ids))
+            return base.decode(ids)
+
+        so_far = TextSoFar(decode)
+        pieces = [so_far.add(token) for token in tokens]
+        assert max(asked) < 20
+        assert sum(map(bool, pieces)) > 10
+        assert "".join([*pieces, so_far.end()]) == base.decode(tokens)
+
+
 def test_text_as_it_comes_with_spaces_of_the_words(llama: World) -> None:
     """A tokenizer of which the first token's space is no text, but a space by itself is."""
     words = ["<pad>", "</s>", "<unk>", "▁", "▁a", "▁bc", "!", "▁!"]

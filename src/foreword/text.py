@@ -40,13 +40,20 @@ class TextSoFar:
                 self._window.append(token)
             return ""
         self._window.append(token)
-        # a lone byte of a longer character decodes to U+FFFD until the rest is there
+        upto = len(self._window)
+        # a lone byte of a longer character decodes to U+FFFD until the rest is there: of four bytes at the most
         if now.endswith("\ufffd"):
-            return ""
+            upto -= 4
+            if upto <= self._known:
+                return ""
+            certain, rest = self._decode(self._window[:upto]), self._decode(self._window[upto:])
+            if now != certain + rest:
+                return ""
+            now = certain
         start = len(self._text) - max(map(len, self._stop), default=0)
         self._text += now[len(known) :]
         self._window = self._window[self._known :]
-        self._known = len(self._window)
+        self._known = upto - self._known
         self._cut(max(start, 0))
         held = 0 if self.stopped else max(map(self._begun, self._stop), default=0)
         return self._show(len(self._text) - held)
