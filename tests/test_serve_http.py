@@ -1268,6 +1268,16 @@ def test_a_folder_s_path_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert create_app(base, store, engine=FakeEngine()).state.service.base_name == "my-base"
 
 
+def test_the_document_of_the_api_says_what_comes(world: World) -> None:
+    with world.http() as client:
+        document = client.get("/openapi.json").json()
+        assert client.get("/ready").json().keys() == {"status"}
+    answers = {status for path in document["paths"].values() for one in path.values() for status in one["responses"]}
+    assert answers == {"200", "201", "503", "4XX", "5XX"}
+    stop = document["components"]["schemas"]["CompletionRequest"]["properties"]["stop"]
+    assert {kind.get("type") for kind in stop["anyOf"][0].get("anyOf", stop["anyOf"])} >= {"string", "array"}
+
+
 def test_whole_numbers_are_integers_however_they_are_written() -> None:
     given = CompletionRequest.model_validate(
         {"model": BASE, "prompt": "x", "max_tokens": 7.0, "temperature": 1, "seed": 1e3}

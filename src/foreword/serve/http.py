@@ -70,7 +70,7 @@ def create_app(
         title="foreword",
         version=__version__,
         lifespan=lifespan,
-        responses={status: error for status in (400, 401, 403, 404, 408, 413, 429, 500, 503, 504)},
+        responses={"4XX": error, "5XX": error},
         exception_handlers={
             RequestValidationError: problems.on_invalid,
             HTTPException: problems.on_http,
@@ -82,8 +82,10 @@ def create_app(
     app.state.service = service
     app.include_router(completions.router)
     app.include_router(prefixes.router)
-    app.add_api_route("/health", health, tags=["state"])
-    app.add_api_route("/ready", ready, tags=["state"])
+    for path, state in (("/health", health), ("/ready", ready)):
+        app.add_api_route(
+            path, state, tags=["state"], responses={503: {"description": "The same, with what is wrong."}}
+        )
     app.add_api_route("/metrics", metrics, tags=["state"], response_class=Response)
     app.add_middleware(Bounded, service=service)
     app.add_middleware(Told, metrics=service.metrics)

@@ -94,9 +94,14 @@ class _Shared(_Given):
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Stop], Field(max_length=16, fail_fast=True), BeforeValidator(_listed)] | None = Field(
-        None, description="A string, or a list of them."
-    )
+    stop: (
+        Annotated[
+            list[Stop],
+            Field(max_length=16, fail_fast=True),
+            BeforeValidator(_listed, json_schema_input_type=Stop | Annotated[list[Stop], Field(max_length=16)]),
+        ]
+        | None
+    ) = Field(None, description="A string, or a list of them.")
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Zero = Field(0, description="0 alone: not supported.")
