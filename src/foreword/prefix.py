@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,6 +54,22 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 Layer = tuple[torch.Tensor, torch.Tensor]
 """The keys and the values of one layer, each [G, P, D]."""
+
+
+class Fits(Protocol):
+    """What `Prefix.check` looks at of a base."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def shapes(self) -> Mapping[str, Sequence[tuple[int, int]]]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +245,7 @@ class Prefix:
             "dtype": self.dtype,
         }
 
-    def check(self, base: Base) -> Prefix:
+    def check(self, base: Fits) -> Prefix:
         """Return the prefix itself if it was made for `base`.
 
         Raises:

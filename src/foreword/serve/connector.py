@@ -100,6 +100,7 @@ class Served:
     name: str
     fingerprint: str
     shapes: dict[str, list[tuple[int, int]]]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +225,8 @@ class _Scheduler:
             name=told["base"] or model.model,
             fingerprint=told["fingerprint"],
             shapes={"decoder": [shape] * layers},
+            dtype=model.dtype,
         )
-        self._dtype = model.dtype
         self._store = Store(told["store"])
         self._residents = Residents(self._store, self._check, budget=told["budget"])
         self._wanted: dict[str, _Wanted] = {}
@@ -239,8 +240,10 @@ class _Scheduler:
         threading.Thread(target=self._watch, name="foreword-watcher", daemon=True).start()
 
     def _check(self, prefix: Prefix) -> Prefix:
-        prefix.check(self._served)  # type: ignore[arg-type]
-        vectors = torch.stack([tensor for layer in prefix.sections["decoder"] for tensor in layer]).to(self._dtype)
+        prefix.check(self._served)
+        vectors = torch.stack([tensor for layer in prefix.sections["decoder"] for tensor in layer]).to(
+            self._served.dtype
+        )
         vectors = vectors.unflatten(0, (-1, 2))
         return _Block({"decoder": [(keys, values) for keys, values in vectors]}, prefix.card, vectors)
 
