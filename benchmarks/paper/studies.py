@@ -1,8 +1,8 @@
 """The paper's claims, and ways to tune, as studies: what is trained, on what, and what is compared.
 
 Default sizes are for two cores, two processes of one thread each: smollm2-135m trains at about 430 real tokens a second with
-a prefix there in float32, and each study is meant to take two to three hours, learning rates included, the longest,
-e2e-lowdata, four; where bfloat16 is fast, --dtype bfloat16 takes about half of it.
+a prefix there in float32, and each study is meant to take two to four hours, learning rates included; where bfloat16 is
+fast, --dtype bfloat16 takes about half of it.
 """
 
 from __future__ import annotations
