@@ -125,7 +125,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
         step(chosen)
         tokens += sum(map(len, chosen))
         count += len(chosen)
-        needed += sum(map(work.of, chosen))
+        needed += work.of(chosen)
     synchronize(base.device)
     seconds = time.perf_counter() - began
     mean_tokens = round(options.batch * tokens / count)

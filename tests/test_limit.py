@@ -37,7 +37,7 @@ def test_a_step_needs_what_torch_counts(family: str) -> None:
     with Counter() as counter:
         forward_loss(base, attachment, batch).backward()
     counted = counter.total
-    needed = Work(base, length).of(row)
+    needed = Work(base, length).of([row])
     # masked scores are computed all the same
     x, y = len(row.x), len(row.y)
     causal = y if base.is_encoder_decoder else x + y - 1
@@ -47,11 +47,27 @@ def test_a_step_needs_what_torch_counts(family: str) -> None:
 
 def test_more_of_anything_needs_more() -> None:
     base = base_of("llama")
-    needed = Work(base, 5).of(Row([1] * 7, [2] * 3))
-    assert Work(base, 50).of(Row([1] * 7, [2] * 3)) > needed
-    assert Work(base, 5).of(Row([1] * 8, [2] * 3)) > needed
+    needed = Work(base, 5).of([Row([1] * 7, [2] * 3)])
+    assert Work(base, 50).of([Row([1] * 7, [2] * 3)]) > needed
+    assert Work(base, 5).of([Row([1] * 8, [2] * 3)]) > needed
     # a token of y has its logits too
-    assert Work(base, 5).of(Row([1] * 7, [2] * 4)) > Work(base, 5).of(Row([1] * 8, [2] * 3))
+    assert Work(base, 5).of([Row([1] * 7, [2] * 4)]) > Work(base, 5).of([Row([1] * 8, [2] * 3)])
+
+
+def test_what_rows_have_in_common_is_needed_once() -> None:
+    base = base_of("llama")
+    work, logits = Work(base, 5), 4 * base.embeddings.numel()
+    first, second = Row([1, 2, 3, 4, 5], [6, 7, 8]), Row([1, 2, 3, 4, 5], [9, 8, 7, 6])
+    start, alone = Row([1, 2, 3, 4, 5], [6]), Row([9], [6])
+    assert work.of([start, start]) == work.of([start]) + logits
+    assert work.of([first, second]) == work.of([first]) + work.of([second]) - work.of([start]) + logits
+    assert work.of([first, alone]) == work.of([first]) + work.of([alone])
+    # an infix stands before the last token of x, which is after it, and elsewhere in `longer`
+    longer = Row([1, 2, 3, 4, 5, 6], [7, 8])
+    assert work.of([first, second], infix=True) == work.of([first, second])
+    assert work.of([first, longer], infix=True) > work.of([first, longer])
+    bart = Work(base_of("bart"), 5)
+    assert bart.of([first, second]) == bart.of([first]) + bart.of([second])
 
 
 def test_the_rate_is_of_this_machine() -> None:

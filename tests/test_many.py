@@ -192,9 +192,14 @@ def test_company_changes_nothing(tmp_path: Path) -> None:
         assert_as_alone(prefixes, "gpt2", DIRECT)
 
 
-def test_no_more_rows_than_asked_go_through_the_base_at_once(tmp_path: Path) -> None:
-    base, seen = fresh_base(), []
-    base.model.transformer.wte.register_forward_hook(lambda m, i, o: seen.append(len(o)))
+def test_no_more_rows_than_asked_go_through_the_base_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, seen, real = fresh_base(), [], foreword.many.token_losses
+
+    def counted(base: Base, attachment: Any, batch: Any) -> torch.Tensor:
+        seen.append(len(batch.infix))
+        return real(base, attachment, batch)
+
+    monkeypatch.setattr(foreword.many, "token_losses", counted)
     many(base, user_file(tmp_path / "u.jsonl", USERS), settings=settings_of(init="random"), slots=4, rows_at_once=3)
     # 4 slots of 2 rows: 3, 3, 2
     assert max(seen) == 3

@@ -294,8 +294,15 @@ def test_progress_counts_real_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     once = sum(map(len, rows_of(base, ROWS, Framing())))
     assert [p.tokens for p in progress][3::4] == [once, 2 * once]
     assert [p.rows for p in progress][3::4] == [len(ROWS), 2 * len(ROWS)]
-    work = sum(map(Work(base, settings_of().length).of, rows_of(base, ROWS, Framing())))
-    assert [p.operations for p in progress][3::4] == pytest.approx([work, 2 * work], rel=1e-12)
+    rows, work = rows_of(base, ROWS, Framing()), Work(base, settings_of().length)
+    by_epoch = [
+        sum(
+            work.of([rows[i] for i in indices])
+            for indices in batches(rows, settings_of().batch_size, seed=settings_of().seed, epoch=epoch)
+        )
+        for epoch in (0, 1)
+    ]
+    assert [p.operations for p in progress][3::4] == pytest.approx([by_epoch[0], sum(by_epoch)], rel=1e-12)
     assert [p.seconds for p in progress] == sorted(p.seconds for p in progress)
     assert [p.dev_loss is None for p in progress] == [True, True, True, False] * 2
 

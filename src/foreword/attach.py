@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from foreword.attention import NAME, Mask
 from foreword.errors import BaseLoadError, SettingsError, WrongBaseError
 from foreword.prefix import Layer, Prefix
+from foreword.sharing import Shared
 
 __all__ = ["FAMILIES", "Attachment", "Stack", "attach", "check_free", "lock_of", "section_shapes", "sections_of"]
 
@@ -182,6 +183,7 @@ class Attachment:
             prefix 0. Where the batch holds k times as many rows (beams), each entry counts for k rows in turn.
         infix: [B] or None; for the paper's infix ablation, decoder-only: how many places of each row, padding counted,
             stand before the virtual tokens and so don't see them.
+        shared: which tokens the rows of the latest forward pass had in common, see `states_at`.
     """
 
     def __init__(
@@ -198,6 +200,8 @@ class Attachment:
         self._refreshed = False
         self._cached = 0
         self._y_positions: torch.Tensor | None = None
+        self._coming: Shared | None = None
+        self.shared: Shared | None = None
         self._states: torch.Tensor | None = None
         self._masks: dict[tuple[int, ...], tuple[torch.Tensor | None, Mask]] = {}
         self._places: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
@@ -271,6 +275,7 @@ class Attachment:
         self._refreshed = False
         self._refresh()
         self._refreshed = True
+        self.shared = self._coming
         if self.model.config.is_encoder_decoder:
             return args, kwargs
         given = self._signature.bind(*args, **kwargs).arguments
@@ -287,7 +292,13 @@ class Attachment:
             kwargs["attention_mask"] = tokens.new_ones(
                 tokens.shape[0], self._cached + tokens.shape[1], dtype=torch.long
             )
-        kwargs["position_ids"] = positions + self._offsets(tokens.shape[0], tokens.shape[1], tokens.device)
+        positions = positions + self._offsets(tokens.shape[0], tokens.shape[1], tokens.device)
+        if self.shared is not None:
+            kwargs["input_ids"] = tokens.flatten()[self.shared.first][None]
+            positions = positions.expand(tokens.shape).flatten()[self.shared.first][None]
+            # of four dimensions, for which transformers makes no other: attention has that of the rows
+            kwargs["attention_mask"] = tokens.new_ones(1, 1, 1, 1, dtype=torch.bool)
+        kwargs["position_ids"] = positions
         return (), kwargs
 
     def _after(self, *_: object) -> None:
@@ -323,29 +334,36 @@ class Attachment:
         places = torch.arange(self._cached, self._cached + length, device=device)
         return places >= self.infix.to(device).repeat_interleave(batch // len(self.infix))[:, None]
 
-    def states_at(self, y_positions: torch.Tensor, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def states_at(
+        self, y_positions: torch.Tensor, inputs: Mapping[str, Any], shared: Shared | None = None
+    ) -> torch.Tensor:
         """Run the base, and return what its logits would be computed from, at these positions alone.
 
         Args:
             y_positions: [B, T] of bool.
             inputs: keyword arguments of the model's forward; there is no cache but by `use_cache` among them.
+            shared: which of the tokens the rows have in common: these are run once. The base is decoder-only then, and the
+                inputs are right-padded `input_ids` [B, T] with their mask.
 
         Returns:
             [number of positions, hidden size], row by row; see `logits`.
         """
-        self._y_positions = y_positions
+        self._y_positions, self._coming = y_positions, shared
         try:
             self.model(**{"use_cache": False, **inputs})
             assert self._states is not None
             return self._states
         finally:
-            self._y_positions = self._states = None
+            self._y_positions = self._states = self._coming = None
 
     def _before_logits(self, head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if self._y_positions is None:
             return None
         (hidden,) = args
-        self._states = hidden[self._y_positions]
+        if self.shared is None:
+            self._states = hidden[self._y_positions]
+        else:
+            self._states = hidden[0, self.shared.places[self._y_positions]]
         return (hidden[:, :0],)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:

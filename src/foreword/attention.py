@@ -4,7 +4,8 @@
 
 On a CPU it is written as plain products, a block of queries at a time, with the keys that any of them sees: of causal
 attention half is never computed, and a block's scores stay in the caches. Very long rows, and GPUs, go through torch's
-fused kernel. Registered with transformers under `NAME`; which prefix a layer has, `foreword.attach` knows.
+fused kernel. Tokens that rows have in common (`foreword.sharing`) are taken apart into rows here, and put together again.
+Registered with transformers under `NAME`; which prefix a layer has, `foreword.attach` knows.
 """
 
 from __future__ import annotations
@@ -78,12 +79,16 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """What every attention layer of an attached model calls. Returns [B, T, H, D]."""
     extension, section, i = module.__dict__[NAME]
+    shared = extension.shared
+    if shared is not None:
+        query, key, value = shared.apart(query), shared.apart(key), shared.apart(value)
+        attention_mask = shared.mask(kwargs.get("sliding_window"))
     length = key.shape[2]
     key, value, mask = extension.extend(section, i, query, key, value, attention_mask)
     if position_bias is not None:
         position_bias = nn.functional.pad(position_bias, (key.shape[2] - length, 0))
     if dropout or query.device.type != "cpu" or query.shape[:3].numel() * key.shape[2] > PRODUCTS_MAX_SCORES:
-        return sdpa_attention_forward(
+        out, _ = sdpa_attention_forward(
             module,
             query,
             key,
@@ -94,9 +99,10 @@ def _attention(
             is_causal=False,
             position_bias=position_bias,
         )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out: torch.Tensor = _Products.apply(query, key, value, mask, scaling, position_bias)
-    return out, None
+    else:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = _Products.apply(query, key, value, mask, scaling, position_bias)
+    return out if shared is None else shared.together(out), None
 
 
 class _Products(torch.autograd.Function):

@@ -19,6 +19,8 @@ __all__ = ["capture"]
 class _Recorder:
     """Stands where an attachment does, and keeps what each attention layer sees."""
 
+    shared = None  # rows are run as they come
+
     def __init__(self) -> None:
         self.seen: dict[str, dict[int, Layer]] = {}
 

@@ -50,6 +50,11 @@ class Row:
     def __len__(self) -> int:
         return len(self.x) + len(self.y)
 
+    @property
+    def ids(self) -> list[int]:
+        """What a decoder-only base is run on: the last token predicts nothing."""
+        return [*self.x, *self.y[:-1]]
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -444,8 +449,7 @@ def collate(base: Base, rows: Sequence[Row]) -> Batch:
         }
         y_positions = seen_mask.bool()
     else:
-        # the last token predicts nothing
-        tokens, mask = pad([[*row.x, *row.y[:-1]] for row in rows], base.pad_id)
+        tokens, mask = pad([row.ids for row in rows], base.pad_id)
         inputs = {"input_ids": tokens, "attention_mask": mask}
         places = torch.arange(tokens.shape[1])
         first = torch.tensor([len(row.x) - 1 for row in rows])[:, None]

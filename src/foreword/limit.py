@@ -2,7 +2,7 @@
 
 Counted are the floating-point operations that a step needs at the least: the forward pass; the backward pass of the
 activations down to the first layer's prefix, and none for frozen weights; attention over prefix and tokens; logits at the
-positions of y alone. They are held against the rate of a product of the base's own widest weight with as many tokens as a
+positions of y alone; tokens that rows of a batch have in common once, see `foreword.sharing`. They are held against the rate of a product of the base's own widest weight with as many tokens as a
 batch has.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from foreword.attach import sections_of
 from foreword.data import Row
+from foreword.sharing import common_starts
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -31,7 +33,7 @@ _OF_X = ("k_proj", "v_proj", "k", "v")
 
 
 class Work:
-    """Floating-point operations that training needs for a row.
+    """Floating-point operations that training needs.
 
     Args:
         base: the frozen base.
@@ -79,19 +81,28 @@ class Work:
                 else:
                     self._of_y += needed
 
-    def of(self, row: Row) -> float:
-        """For one row, forward and backward."""
-        x, y, length = len(row.x), len(row.y), self.length
+    def of(self, rows: Sequence[Row], *, infix: bool = False) -> float:
+        """For rows of one prefix in one batch, forward and backward.
+
+        Args:
+            infix: the virtual tokens stand between x and y.
+        """
+        length = self.length
         vocab, hidden = self.base.embeddings.shape
-        total: float = 2 * 2 * hidden * vocab * y
+        total: float = 2 * 2 * hidden * vocab * sum(len(row.y) for row in rows)
         if self.base.is_encoder_decoder:
-            total += self._of_x * x + self._of_y * y
-            pairs = {"encoder": x * (length + x), "decoder": _causal(y, length), "cross": y * (length + x)}
-        else:
-            # the last token predicts nothing
-            total += self._of_y * (x + y - 1)
-            pairs = {"decoder": _causal(x + y - 1, length)}
-        return total + sum(self._attention[section] * count for section, count in pairs.items())
+            for row in rows:
+                x, y = len(row.x), len(row.y)
+                total += self._of_x * x + self._of_y * y
+                pairs = {"encoder": x * (length + x), "decoder": _causal(y, length), "cross": y * (length + x)}
+                total += sum(self._attention[section] * count for section, count in pairs.items())
+            return total
+        ids = [row.ids for row in rows]
+        _, common = common_starts(ids, infix=[len(row.x) - 1 for row in rows] if infix else None)
+        for own, others in zip(map(len, ids), common, strict=True):
+            total += self._of_y * (own - others)
+            total += self._attention["decoder"] * (_causal(own, length) - _causal(others, length))
+        return total
 
 
 def _causal(tokens: int, length: int) -> float:

@@ -19,6 +19,7 @@ import torch
 from foreword.attach import Attachment
 from foreword.data import Batch, Row, collate
 from foreword.recompute import without_activations
+from foreword.sharing import Shared
 
 if TYPE_CHECKING:
     from foreword.bases import Base
@@ -40,11 +41,22 @@ def forward_loss(base: Base, attachment: Attachment, batch: Batch, *, infix: boo
 def token_losses(base: Base, attachment: Attachment, batch: Batch, *, infix: bool = False) -> torch.Tensor:
     """[N], -log p of each y token of the batch, in float32; in float64 where the base computes in it."""
     attachment.infix = batch.infix if infix else None
+    shared = None if base.is_encoder_decoder else _shared(batch, attachment)
     with without_activations(base.model) if torch.is_grad_enabled() else nullcontext():
-        states = attachment.states_at(batch.y_positions, batch.inputs)
+        states = attachment.states_at(batch.y_positions, batch.inputs, shared)
     chunk = max(1, CHUNK // base.embeddings.shape[0])
     losses: torch.Tensor = _TokenLosses.apply(states, attachment.logits, batch.labels, chunk, torch.is_grad_enabled())
     return losses
+
+
+def _shared(batch: Batch, attachment: Attachment) -> Shared | None:
+    ids, lengths = batch.inputs["input_ids"], batch.inputs["attention_mask"].sum(1)
+    return Shared.of(
+        [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)],
+        None if attachment.rows is None else attachment.rows.tolist(),
+        None if attachment.infix is None else attachment.infix.tolist(),
+        device=ids.device,
+    )
 
 
 @torch.no_grad()

@@ -186,7 +186,8 @@ def train(
             chosen = [learner.rows[i] for indices in group for i in indices]
             count += len(chosen)
             tokens += sum(map(len, chosen))
-            operations += sum(map(work.of, chosen))
+            batched = ([learner.rows[i] for i in indices] for indices in group)
+            operations += sum(work.of(rows, infix=settings.infix) for rows in batched)
             dev_loss = None
             if learner.dev_rows and learner.epoch_ended:
                 dev_loss = _dev_loss(base, attachment, learner, accelerator)
