@@ -4,8 +4,8 @@
     python -m benchmarks.train_vs_peft --dtype float32 --json benchmarks/results/train_vs_peft-float32.json
 
 Sides: `foreword`; `peft`, as its documentation has it (forward with labels, shuffled batches padded to the longest,
-default attention); `peft-eager` and `peft-sdpa`, with that attention and our batches by length, the faster of which is PEFT
-at its best; `full`, full fine-tuning with our batches. Same base, rows, batch size, length, dtype and optimizer. Each side
+default attention); `peft-eager` and `peft-sdpa`, with that attention and batches by length, the faster of which is PEFT
+at its best; `full`, full fine-tuning with such batches. Same base, rows, batch size, length, dtype and optimizer. Each side
 runs in a process of its own, so that peak memory can be compared, and the sides take turns for several rounds. Tokens are
 real ones, x and y; padding and virtual tokens are not counted. Beside them stands the machine's limit, measured in the same
 run: see foreword.limit. `benchmarks.train_speed` does this for many sizes.
@@ -33,7 +33,7 @@ from benchmarks.e2e_rows import DATA, e2e_split
 from benchmarks.record import machine, write_json
 from foreword.attach import attach
 from foreword.bases import Base
-from foreword.data import Row, batches, collate, read_records, rows_of
+from foreword.data import Row, alike, batches, collate, read_records, rows_of
 from foreword.limit import Work, peak_memory, product_rate, synchronize
 from foreword.loss import forward_loss
 from foreword.prefix import Framing
@@ -101,7 +101,8 @@ def plan(side: str, rows: list[Row], batch: int) -> Iterator[list[int]]:
             random.Random(epoch).shuffle(order)
             made = [order[i : i + batch] for i in range(0, len(order), batch)]
         else:
-            made = batches(rows, batch, seed=0, epoch=epoch)
+            # the others do not run what rows have in common once: less padding is better for them
+            made = batches(rows, batch, seed=0, epoch=epoch, key=alike if side == "foreword" else len)
         yield from (indices for indices in made if len(indices) == batch)
         epoch += 1
 

@@ -14,7 +14,7 @@ import math
 import numbers
 import re
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -34,7 +34,7 @@ __all__ = ["Batch", "Row", "batches", "check_records", "collate", "frame", "read
 Record = Mapping[str, Any]
 
 POOL = 32
-"""Batches are cut from pools of this many batches, each sorted by length: little padding, and another mix every epoch."""
+"""Batches are cut from pools of this many batches, each sorted by what is alike: little padding, and another mix every epoch."""
 
 _CONTENT = "content of the last message"
 """Stands in a chat's last message where what the template puts after it is asked for."""
@@ -412,13 +412,28 @@ def check_fits(base: Base, x: int, y: int, length: int, where: str) -> None:
         )
 
 
-def batches(rows: Sequence[Sized], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of rows in batches, each of rows of about one length, in random order; the same for the same arguments."""
+ABOUT = 4
+"""Rows whose lengths differ by fewer tokens than this may be taken for equally long."""
+
+
+def alike(row: Row) -> tuple[int, list[int]]:
+    """What to sort rows by, so that those beside each other have about one length, and then what x begins with in common."""
+    return len(row) // ABOUT, row.x
+
+
+def batches(
+    rows: Sequence[Any], batch_size: int, *, seed: int, epoch: int, key: Callable[[Any], Any] = alike
+) -> list[list[int]]:
+    """Indices of rows in batches, in random order; the same for the same arguments.
+
+    Args:
+        key: what to sort rows by; those of a batch were beside each other.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
     order = torch.randperm(len(rows), generator=generator).tolist()
     made = []
     for start in range(0, len(order), POOL * batch_size):
-        pool = sorted(order[start : start + POOL * batch_size], key=lambda i: len(rows[i]))
+        pool = sorted(order[start : start + POOL * batch_size], key=lambda i: key(rows[i]))
         made += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
     return [made[i] for i in torch.randperm(len(made), generator=generator).tolist()]
 
