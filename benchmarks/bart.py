@@ -240,7 +240,7 @@ def pretrain(
     while state["seconds"] < budget:
         began = time.perf_counter()
         epoch, place = divmod(state["step"], per_epoch)
-        chosen = batches(flat, BATCH, seed=0, epoch=epoch, key=len)[place]
+        chosen = batches(flat, BATCH, seed=0, epoch=epoch)[place]
         loss, count = loss_of(model, [rows[i] for i in chosen], random.Random(state["step"]), autocast)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

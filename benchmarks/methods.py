@@ -33,7 +33,7 @@ from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
 from foreword.attach import FAMILIES, Attachment, attach
 from foreword.attention import Mask
 from foreword.bases import Base
-from foreword.data import Row, batches, collate, frame, pad
+from foreword.data import Row, batches, collate, frame, likeness, pad
 from foreword.generation import end_ids
 from foreword.learner import make_trainable, share_at
 from foreword.loss import forward_loss
@@ -301,7 +301,9 @@ class _InFloat32:
         return True
 
 
-def fit(learner: Learner, rows: Sequence[Row], *, lr: float, epochs: int, batch_size: int, seed: int) -> Fitted:
+def fit(
+    base: Base, learner: Learner, rows: Sequence[Row], *, lr: float, epochs: int, batch_size: int, seed: int
+) -> Fitted:
     """Let it learn; foreword's schedule and batches, for every method."""
     optimizer = _InFloat32(learner.parameters)
     steps = epochs * math.ceil(len(rows) / batch_size)
@@ -309,7 +311,7 @@ def fit(learner: Learner, rows: Sequence[Row], *, lr: float, epochs: int, batch_
     tokens = 0
     began = time.perf_counter()
     for epoch in range(epochs):
-        for indices in batches(rows, batch_size, seed=seed, epoch=epoch):
+        for indices in batches(rows, batch_size, seed=seed, epoch=epoch, key=likeness(base)):
             chosen = [rows[i] for i in indices]
             loss = learner.loss(chosen)
             loss.backward()

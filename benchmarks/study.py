@@ -210,7 +210,7 @@ def run(study: Study, unit: Unit) -> dict[str, Any]:
     length = 0 if arm.method in ("full", "top2", "lora") else options.length
     rows = rows_of(base, data.train, study.framing, length=length, max_output_tokens=study.max_output_tokens)
     learner = METHODS[arm.method](base, rows, options)
-    fitted = fit(learner, rows, lr=unit.lr, epochs=arm.epochs, batch_size=study.batch_size, seed=unit.seed)
+    fitted = fit(base, learner, rows, lr=unit.lr, epochs=arm.epochs, batch_size=study.batch_size, seed=unit.seed)
     diverged = fitted.loss == float("inf")
     result = {
         **unit._asdict(),

@@ -33,7 +33,7 @@ from benchmarks.e2e_rows import DATA, e2e_split
 from benchmarks.record import machine, write_json
 from foreword.attach import attach
 from foreword.bases import Base
-from foreword.data import Row, alike, batches, collate, read_records, rows_of
+from foreword.data import Row, batches, collate, likeness, read_records, rows_of
 from foreword.limit import Work, peak_memory, product_rate, synchronize
 from foreword.loss import forward_loss
 from foreword.prefix import Framing
@@ -92,7 +92,7 @@ def _step(parameters: list[torch.nn.Parameter], loss: Callable[[list[Row]], torc
     return step
 
 
-def plan(side: str, rows: list[Row], batch: int) -> Iterator[list[int]]:
+def plan(base: Base, side: str, rows: list[Row], batch: int) -> Iterator[list[int]]:
     """Batches for ever: by length, or, for PEFT as documented, shuffled."""
     epoch = 0
     while True:
@@ -102,7 +102,7 @@ def plan(side: str, rows: list[Row], batch: int) -> Iterator[list[int]]:
             made = [order[i : i + batch] for i in range(0, len(order), batch)]
         else:
             # the others do not run what rows have in common once: less padding is better for them
-            made = batches(rows, batch, seed=0, epoch=epoch, key=alike if side == "foreword" else len)
+            made = batches(rows, batch, seed=0, epoch=epoch, key=likeness(base) if side == "foreword" else len)
         yield from (indices for indices in made if len(indices) == batch)
         epoch += 1
 
@@ -115,7 +115,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     loaded = peak_memory(base)
     step = step_of(options.side, base, options.length, rows, options.reparametrization)
     work = Work(base, options.length)
-    turns = plan(options.side, rows, options.batch)
+    turns = plan(base, options.side, rows, options.batch)
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])
     synchronize(base.device)

@@ -112,7 +112,7 @@ def test_a_method_learns_and_its_prefix_is_what_it_learnt(method: str, dtype: to
     assert all(shape[0] == 2 for shape in silent) if method == "lora" else silent == before_last.get(method, [])
     for parameter in learner.parameters:
         parameter.grad = None
-    fitted = fit(learner, rows, lr=3e-3, epochs=6, batch_size=4, seed=0)
+    fitted = fit(base, learner, rows, lr=3e-3, epochs=6, batch_size=4, seed=0)
     assert fitted.tokens == 6 * sum(map(len, rows))
     last = learner.loss(rows).item()
     assert last < first.item() - 0.05
@@ -152,7 +152,7 @@ def test_variants_of_the_prefix_learn_and_generate(variant: dict[str, Any]) -> N
     learner = METHODS["prefix"](base, rows, Options(length=3, **variant))
     first = learner.loss(rows).item()
     assert all(parameter.requires_grad for parameter in learner.parameters)
-    fit(learner, rows, lr=3e-3, epochs=6, batch_size=4, seed=0)
+    fit(base, learner, rows, lr=3e-3, epochs=6, batch_size=4, seed=0)
     assert learner.loss(rows).item() < first - 0.05
     prefix = learner.finish()
     assert prefix is not None
@@ -166,7 +166,7 @@ def test_the_prefix_that_is_compared_is_that_of_train(own: dict[str, Any]) -> No
     base = base_of("llama")
     rows = rows_of(base, RECORDS, Framing())
     learner = METHODS["prefix"](base, rows, Options(length=3, seed=1, **own))
-    fit(learner, rows, lr=3e-3, epochs=3, batch_size=4, seed=1)
+    fit(base, learner, rows, lr=3e-3, epochs=3, batch_size=4, seed=1)
     compared = learner.finish()
     settings = foreword.TrainSettings(length=3, epochs=3, batch_size=4, lr=3e-3, warmup=WARMUP, seed=1, **own)
     trained = foreword.train(base, RECORDS, settings=settings)
@@ -206,7 +206,7 @@ def test_the_decoders_section_alone() -> None:
     handle = base.model.get_encoder().register_forward_hook(keep)
     first = alone.loss(rows).item()
     inside = encoder["last"]
-    fit(alone, rows, lr=3e-3, epochs=2, batch_size=4, seed=0)
+    fit(base, alone, rows, lr=3e-3, epochs=2, batch_size=4, seed=0)
     assert alone.loss(rows).item() < first
     assert torch.equal(encoder["last"], inside), "the encoder has a prefix"
     handle.remove()
@@ -238,7 +238,7 @@ def test_a_run_that_diverges_says_so() -> None:
     base = base_of("llama")
     rows = rows_of(base, RECORDS, Framing())
     learner = METHODS["full"](base, rows, Options())
-    assert fit(learner, rows, lr=1e30, epochs=2, batch_size=4, seed=0).loss == float("inf")
+    assert fit(base, learner, rows, lr=1e30, epochs=2, batch_size=4, seed=0).loss == float("inf")
 
 
 # studies

@@ -30,7 +30,7 @@ import foreword.limit
 import foreword.training
 from foreword.bases import Base
 from foreword.cli import TRACKERS, main
-from foreword.data import batches, read_records, rows_of
+from foreword.data import batches, likeness, read_records, rows_of
 from foreword.evaluate import score_files
 from foreword.limit import Work
 from foreword.prefix import Framing, Prefix
@@ -192,7 +192,8 @@ def test_profile(run: Run, base: Path, data: Path, monkeypatch: pytest.MonkeyPat
     frozen = foreword.load_base(base)
     rows = rows_of(frozen, ROWS, Framing(), length=7)
     tokens = sum(map(len, rows))
-    batched = ([rows[i] for i in indices] for epoch in range(3) for indices in batches(rows, 2, seed=0, epoch=epoch))
+    plans = (batches(rows, 2, seed=0, epoch=epoch, key=likeness(frozen)) for epoch in range(3))
+    batched = ([rows[i] for i in indices] for plan in plans for indices in plan)
     needed = sum(map(Work(frozen, 7).of, batched)) / (3 * tokens)
     number = r"([\d.,]+)"
     found = re.fullmatch(

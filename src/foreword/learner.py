@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreword.data import Record, Row, batches, rows_of, tokenize
+from foreword.data import Record, Row, batches, likeness, rows_of, tokenize
 from foreword.errors import PrefixFileError, SettingsError, TrainingError
 from foreword.prefix import Card, Framing, Prefix, check_prefix
 from foreword.reparam import TrainablePrefix, trainable_prefix
@@ -202,9 +202,10 @@ class Learner:
 
     def groups(self) -> Iterator[list[list[int]]]:
         """For each step from here on, the batches that make it, of indices of rows."""
+        size = self.settings.batch_size
         while not self.done:
             epoch, first = divmod(self.step, self.steps_per_epoch)
-            plan = batches(self.rows, self.settings.batch_size, seed=self.settings.seed, epoch=epoch)
+            plan = batches(self.rows, size, seed=self.settings.seed, epoch=epoch, key=likeness(self.base))
             for start in range(first * self.group_size, len(plan), self.group_size):
                 yield plan[start : start + self.group_size]
 

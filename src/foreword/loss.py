@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreword.attach import Attachment
-from foreword.data import Batch, Row, alike, collate
+from foreword.data import Batch, Row, collate, likeness
 from foreword.recompute import without_activations
 from foreword.sharing import Shared
 
@@ -65,7 +65,8 @@ def mean_loss(
 ) -> float:
     """Mean over all y tokens of -log p(y | x), in nats, with whatever is attached."""
     total = 0.0
-    order = sorted(range(len(rows)), key=lambda i: alike(rows[i]))
+    key = likeness(base)
+    order = sorted(range(len(rows)), key=lambda i: key(rows[i]))
     for start in range(0, len(order), batch_size):
         batch = collate(base, [rows[i] for i in order[start : start + batch_size]])
         total += forward_loss(base, attachment, batch, infix=infix).item()
