@@ -412,7 +412,7 @@ def check_fits(base: Base, x: int, y: int, length: int, where: str) -> None:
         )
 
 
-ABOUT = 16
+ABOUT = 4
 """Rows whose lengths differ by fewer tokens than this may be taken for equally long where padding costs little."""
 
 
