@@ -221,7 +221,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def lines_of(result: Mapping[str, Any]) -> Iterator[list[str]]:
     """A line a side, as in `COLUMNS`."""
     median = result["median"]
-    # each side measured the limit in its own process: the best of them is the machine's
+    # each side measured the limit in its own process, with its own batches: the best of them is the machine's
     limit = max(m["limit_tokens_per_second"] for m in median.values())
     ours = median.get("foreword")
     for side in result["rounds"]:
