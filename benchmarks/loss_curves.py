@@ -8,7 +8,7 @@ The plain path is transformers' own alone: the prefix in a cache, the model call
 logits. A second plain path, which differs from it in the attention's implementation (eager), shows how far rounding alone
 takes two of them. All start from the same prefix and see the same batches of E2E rows with the same optimizer and schedule.
 Goals: each step's loss within 1e-4 of the plain one in float32, as a share of it, and within 2% in bfloat16; the loss on
-held-out rows, at the end, within 0.5%. It is computed by one path for both prefixes.
+held-out rows, at the end, within 0.5%. It is computed by one path for all prefixes.
 """
 
 from __future__ import annotations
@@ -133,11 +133,7 @@ def main() -> None:
     report(options, curves, ends)
 
 
-def report(
-    options: argparse.Namespace,
-    curves: dict[str, list[float]],
-    ends: dict[str, float],
-) -> None:
+def report(options: argparse.Namespace, curves: dict[str, list[float]], ends: dict[str, float]) -> None:
     others = [name for name in curves if name != "plain"]
     apart = {name: [abs(a / b - 1) for a, b in zip(curves[name], curves["plain"], strict=True)] for name in others}
     furthest = {name: max(values) for name, values in apart.items()}
