@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny import BUILDERS, base_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -19,7 +21,7 @@ from foreword.reparam import trainable_prefix
 class Counter(TorchDispatchMode):
     """torch's own count, without its view by modules, which a function that differentiates inside disturbs."""
 
-    total = 0
+    total = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -68,6 +70,31 @@ def test_what_rows_have_in_common_is_needed_once() -> None:
     assert work.of([first, longer], infix=True) > work.of([first, longer])
     bart = Work(base_of("bart"), 5)
     assert bart.of([first, second]) == bart.of([first]) + bart.of([second])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_the_rate_is_of_the_bases_own_products(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that takes a second for an operation, but half of one in the largest product."""
+    base, tokens = base_of(family), 13
+    kept = {id(module.weight) for module in base.model.modules() if isinstance(module, torch.nn.Embedding)}
+    kept.add(id(base.model.get_output_embeddings().weight))
+    each = [2 * tokens * p.numel() for p in base.model.parameters() if p.ndim == 2 and id(p) not in kept]
+    assert min(each) < max(each)
+
+    def seconds(operations: float) -> float:
+        return operations / (2 if operations == max(each) else 1)
+
+    class Clock(Counter):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            before = self.total
+            out = super().__torch_dispatch__(func, types, args, kwargs)
+            self.total = before + seconds(self.total - before)
+            return out
+
+    with Clock() as clock:
+        monkeypatch.setattr("foreword.limit.time", SimpleNamespace(perf_counter=lambda: clock.total))
+        rate = product_rate(base, tokens)
+    assert rate == pytest.approx(sum(each) / sum(map(seconds, each)))
 
 
 def test_the_rate_is_of_this_machine() -> None:

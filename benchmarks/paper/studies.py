@@ -24,8 +24,8 @@ E2E_DIFFERS = (
 )
 
 
-FEW = 100
-"""Up to so many rows, the learning rates that are tried first are lower."""
+FEW, FEW_FROM_WORDS = 100, 500
+"""Up to so many rows, the learning rates that are tried first are lower; of prefixes that start from words, the latter."""
 
 E2E_WORDS = "table-to-text: describe the restaurant"
 WEBNLG_WORDS = "table-to-text: describe the facts"
@@ -57,7 +57,7 @@ def _curve(
         Arm(
             name=f"{kind} {size}",
             method=method,
-            grid="prefix-few" if method == "prefix" and size <= FEW else None,
+            grid="prefix-few" if method == "prefix" and size <= few else None,
             rows=size,
             epochs=epochs,
             options=own,
@@ -65,6 +65,7 @@ def _curve(
             x=size,
         )
         for kind, (method, own) in kinds.items()
+        for few in [FEW if own.init_text is None else FEW_FROM_WORDS]
         for size, epochs in chosen.items()
     ]
     return chosen, arms

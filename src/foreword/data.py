@@ -65,12 +65,14 @@ class Batch:
         y_positions: [B, T] of bool, over the decoder's tokens; where a token of y is predicted.
         labels: [N], all rows' y one after the other, N = `y_positions.sum()`.
         infix: [B], tokens of x before the last, for the paper's infix ablation.
+        rows: what it was made of.
     """
 
     inputs: dict[str, torch.Tensor]
     y_positions: torch.Tensor
     labels: torch.Tensor
     infix: torch.Tensor
+    rows: Sequence[Row]
 
 
 def read_records(path: str | PathLike[str], *, input: str = "input", output: str = "output") -> list[dict[str, Any]]:
@@ -478,4 +480,5 @@ def collate(base: Base, rows: Sequence[Row]) -> Batch:
         y_positions=y_positions.to(base.device),
         labels=labels.to(base.device),
         infix=torch.tensor([len(row.x) - 1 for row in rows]),
+        rows=rows,
     )

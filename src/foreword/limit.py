@@ -2,12 +2,13 @@
 
 Counted are the floating-point operations that a step needs at the least: the forward pass; the backward pass of the
 activations down to the first layer's prefix, and none for frozen weights; attention over prefix and tokens; logits at the
-positions of y alone; tokens that rows of a batch have in common once, see `foreword.sharing`. They are held against the rate of a product of the base's own widest weight with as many tokens as a
-batch has.
+positions of y alone; tokens that rows of a batch have in common once, see `foreword.sharing`. They are held against the
+rate of the same products, each measured alone: of as many tokens as a batch has with the base's own weights.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +33,10 @@ _OF_X = ("k_proj", "v_proj", "k", "v")
 """What they call those projections of cross-attention that see x."""
 
 
+TRIES = 5
+"""Products at a time, so that reading the clock and waiting for a GPU are nothing beside them."""
+
+
 class Work:
     """Floating-point operations that training needs.
 
@@ -49,8 +54,6 @@ class Work:
             section: 2 * sum(_width(m) * (5 if i == 0 and section != "cross" else 6) for i, m in enumerate(modules))
             for section, modules in sections.items()
         }
-        skipped = {id(model.get_output_embeddings().weight)}
-        skipped |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         # the first layer's queries, keys and values are of tokens alone: nothing that learns is below them, or OPT's project_in
         first = {
             id(p)
@@ -71,15 +74,14 @@ class Work:
                 for p in child.parameters()
             }
         self._of_x = self._of_y = 0
-        for name, parameter in base.parameters.items():
-            if parameter.ndim == 2 and id(parameter) not in skipped:
-                # a multiplication and an addition, forward, and backward
-                below = id(parameter) in first or "project_in" in name
-                needed = parameter.numel() * 2 * (1 if below else 2)
-                if id(parameter) in of_x:
-                    self._of_x += needed
-                else:
-                    self._of_y += needed
+        for name, parameter in _weights(base).items():
+            # a multiplication and an addition, forward, and backward
+            below = id(parameter) in first or "project_in" in name
+            needed = parameter.numel() * 2 * (1 if below else 2)
+            if id(parameter) in of_x:
+                self._of_x += needed
+            else:
+                self._of_y += needed
 
     def of(self, rows: Sequence[Row], *, infix: bool = False) -> float:
         """For rows of one prefix in one batch, forward and backward.
@@ -105,6 +107,14 @@ class Work:
         return total
 
 
+def _weights(base: Base) -> dict[str, torch.Tensor]:
+    """What every token is multiplied with, by name: no embeddings, and not the vocabulary's."""
+    model = base.model
+    skipped = {id(model.get_output_embeddings().weight)}
+    skipped |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return {name: p for name, p in base.parameters.items() if p.ndim == 2 and id(p) not in skipped}
+
+
 def _causal(tokens: int, length: int) -> float:
     """Pairs of a token and what it sees."""
     return tokens * (length + (tokens + 1) / 2)
@@ -119,20 +129,33 @@ def _width(attention: nn.Module) -> int:
 
 @torch.no_grad()
 def product_rate(base: Base, tokens: int, *, seconds: float = 1.0) -> float:
-    """Operations a second of the product of `tokens` tokens with the base's widest weight, the best of many tries."""
-    weight = max(
-        (p for p in base.parameters.values() if p.ndim == 2 and p is not base.embeddings), key=torch.Tensor.numel
-    )
-    x = torch.randn(tokens, weight.shape[1], dtype=base.dtype, device=base.device)
-    best, until = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        synchronize(base.device)
-        began = time.perf_counter()
-        for _ in range(10):
-            nn.functional.linear(x, weight)
-        synchronize(base.device)
-        best = max(best, 10 * 2 * x.shape[0] * weight.numel() / (time.perf_counter() - began))
-    return best
+    """Operations a second of the products of `tokens` tokens with the base's weights, forward and backward.
+
+    A weight of each shape is measured, the best of its tries, and counts as often as the base has that shape.
+
+    Args:
+        base: whose weights, but not its embeddings and the vocabulary's.
+        tokens: of a batch.
+        seconds: to take, about; each shape is tried once at the least.
+    """
+    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    for parameter in _weights(base).values():
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    operations = took = 0.0
+    for shape, alike in by_shape.items():
+        x, y = (torch.randn(tokens, width, dtype=base.dtype, device=base.device) for width in reversed(shape))
+        best, until = math.inf, time.perf_counter() + seconds / len(by_shape)
+        while best == math.inf or time.perf_counter() < until:
+            synchronize(base.device)
+            began = time.perf_counter()
+            for _ in range(TRIES):
+                nn.functional.linear(x, alike[0])
+                y @ alike[0]
+            synchronize(base.device)
+            best = min(best, (time.perf_counter() - began) / TRIES)
+        operations += len(alike) * 4 * tokens * shape.numel()
+        took += len(alike) * best
+    return operations / took
 
 
 def peak_memory(base: Base) -> int:

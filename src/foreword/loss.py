@@ -50,12 +50,11 @@ def token_losses(base: Base, attachment: Attachment, batch: Batch, *, infix: boo
 
 
 def _shared(batch: Batch, attachment: Attachment) -> Shared | None:
-    ids, lengths = batch.inputs["input_ids"], batch.inputs["attention_mask"].sum(1)
     return Shared.of(
-        [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)],
+        [row.ids for row in batch.rows],
         None if attachment.rows is None else attachment.rows.tolist(),
         None if attachment.infix is None else attachment.infix.tolist(),
-        device=ids.device,
+        device=batch.labels.device,
     )
 
 
