@@ -255,6 +255,7 @@ GRIDS: dict[str, list[float]] = {
     "prefix-direct": [2.5e-2, 5e-2, 1e-1],
     "prefix-embedding": [1e-2, 2e-2, 4e-2],
     "full": [1.25e-5, 2.5e-5, 5e-5],
+    "full-many": [2.5e-5, 5e-5, 1e-4],
     "full-small": [2.5e-4, 5e-4, 1e-3],
     "top2": [1e-4, 2e-4, 4e-4],
     "lora": [5e-4, 1e-3, 2e-3],

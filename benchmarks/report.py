@@ -9,16 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_json
-from benchmarks.study import RESULTS, Line, Study, compare, lines, run, todo
+from benchmarks.study import RESULTS, Line, Study, compare, lines, todo
 from foreword.writing import write_atomically
-
-
-def work_and_report(study: Study, *, module: str, table: bool) -> None:
-    """Do the runs that are missing, unless the table alone is wanted; write the report and print it."""
-    if not table:
-        study.runs.work(lambda: todo(study), lambda unit: run(study, unit))
-    command = " ".join([f"python -m {module}", *(word for word in sys.argv[1:] if word != "--table")])
-    print(report(study, command=command))
 
 
 def report(study: Study, *, command: str) -> str:

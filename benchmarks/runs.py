@@ -1,6 +1,6 @@
 """Runs of a benchmark: each one JSON file, written when it is done, so that the benchmark goes on where it was stopped.
 
-Several processes may be started beside each other; they share the runs. Learning rates are chosen by one rule for
+Several processes beside each other share the runs. Learning rates are chosen by one rule for
 everybody: three at first, the best on development data, and while the best is at the edge, another one beyond it.
 """
 
@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
+from torch.multiprocessing import ProcessExitedException, spawn
 
 from benchmarks.record import write_json
 
@@ -71,6 +74,23 @@ class Runs:
                         break
             else:
                 return
+
+
+def beside_each_other(work: Callable[..., None], *arguments: Any, processes: int) -> None:
+    """Call it in so many processes, each with its share of torch's threads; where one fails, the others are ended."""
+    if processes == 1:
+        work(*arguments)
+        return
+    try:
+        spawn(_with_its_share, (processes, work, *arguments), nprocs=processes)
+    except ProcessExitedException as error:
+        # it has said why
+        raise SystemExit(error.exit_code) from None
+
+
+def _with_its_share(_: int, processes: int, work: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    work(*arguments)
 
 
 def named(name: str, settings: Mapping[str, Any]) -> str:

@@ -188,7 +188,11 @@ def check_one_base(study: Study, *fingerprints: str) -> None:
 
 
 def todo(study: Study) -> list[Unit]:
-    """What can be run now: learning rates first, then a turn for each arm, so that what is unfinished is so evenly."""
+    """What can be run now: learning rates first, then a turn for each arm, so that what is unfinished is so evenly.
+
+    What takes long comes first, so that of several processes none waits long for the last.
+    """
+    steps = {arm.setup: arm.rows * arm.epochs for arm in study.arms}
     rates, rest = [], []
     for arm in study.arms:
         best, more = rate(study, arm)
@@ -196,7 +200,8 @@ def todo(study: Study) -> list[Unit]:
         if best is not None:
             rest += [Unit(arm.setup, best, i, j) for i in range(study.samples) for j in range(study.seeds)]
     left = [unit for unit in rest if study.runs.get(unit.name) is None]
-    return rates + sorted(left, key=lambda unit: (unit.sample, unit.seed))
+    rates.sort(key=lambda unit: -steps[unit.setup])
+    return rates + sorted(left, key=lambda unit: (unit.sample, unit.seed, -steps[unit.setup]))
 
 
 def run(study: Study, unit: Unit) -> dict[str, Any]:

@@ -326,15 +326,15 @@ def test_a_study_goes_on_and_reports_what_is_missing(
 
     with pytest.raises(KeyboardInterrupt):
         study.runs.work(lambda: todo(study), run)
-    assert done[6:] == [Unit(more, 5e-4, 0, 0), Unit(tuned, 2e-4, 1, 0)]
-    assert [unit.setup for unit in todo(study)] == [prefix, more]
+    assert done[6:] == [Unit(more, 5e-4, 0, 0), Unit(more, 5e-4, 1, 0)]
+    assert [unit.setup for unit in todo(study)] == [tuned, prefix]
     text = report(study, command="the command")
     assert (
         "**Unfinished**: runs that can be made now and are not there: 2, the first "
-        "`prefix-4x1-length_2-lr0.0005-sample1-seed0`" in text
+        "`top2-4x1-length_2-lr0.0002-sample1-seed0`" in text
     )
     facts = json.loads((results / "tiny.json").read_text("utf-8"))
-    assert {line["arm"]: line["runs"] for line in facts["lines"]} == {"tuned 4": 2, "prefix 4": 1, "prefix 5": 1}
+    assert {line["arm"]: line["runs"] for line in facts["lines"]} == {"tuned 4": 1, "prefix 4": 1, "prefix 5": 2}
     assert facts["contrasts"][0]["runs"] == 1
 
     done.clear()
@@ -484,6 +484,18 @@ def test_what_is_not_in_a_runs_name_is_in_its_folders(folder: Path, results: Pat
     assert tiny_study(folder, settings={"test_inputs": 7}).full_name == "tiny-test-inputs7"
 
 
+def test_what_takes_long_is_run_first(folder: Path, results: Path) -> None:
+    arms = [Arm(name=f"{n} epochs", method="prefix", rows=4, epochs=n, options=Options(length=2)) for n in (2, 3, 1)]
+    study = tiny_study(folder, arms=arms, contrasts=[])
+    two, three, one = (arm.setup for arm in arms)
+    assert [unit.setup for unit in todo(study)] == [three] * 3 + [two] * 3 + [one] * 3
+    for arm in arms:
+        for i, lr in enumerate(GRIDS["prefix"]):
+            study.runs.write(f"{arm.setup}-lr{lr:g}-sample0-seed0", {"lr": lr, "dev_score": i % 2})
+    assert [unit.setup for unit in todo(study)] == [three, two, one]
+    assert {unit.sample for unit in todo(study)} == {1}
+
+
 def test_samples_differ_and_repeat() -> None:
     assert sampled(range(50), 5, 0) == sampled(range(50), 5, 0)
     assert sampled(range(50), 5, 0) != sampled(range(50), 5, 1)
@@ -504,6 +516,22 @@ def test_the_papers_studies_are_whole(name: str) -> None:
     if name != "defaults":  # the paper says nothing of it
         assert study.published
         assert study.differs
+
+
+def test_first_rates_are_lower_with_few_rows() -> None:
+    found: dict[str, str | None] = {}
+    for name, *flags in (["e2e-lowdata", "--starts", "rows", "words"], ["summarization"]):
+        make, _ = STUDIES[name]
+        found |= {f"{name} {arm.name}": arm.grid for arm in make(options_of([name, *flags])).arms}
+    assert {name for name, grid in found.items() if grid == "prefix-few"} == {
+        *(f"e2e-lowdata prefix {rows}" for rows in (50, 100)),
+        *(f"e2e-lowdata prefix from words {rows}" for rows in (50, 100, 200, 500)),
+        *(f"summarization prefix {rows}" for rows in (100, 400)),
+    }
+    assert {name for name, grid in found.items() if grid == "full-many"} == {"summarization fine-tuning 1600"}
+    assert set(found.values()) == {"prefix-few", "full-many", None}
+    assert max(GRIDS["prefix-few"]) <= min(GRIDS["prefix"])
+    assert min(GRIDS["full-many"]) > min(GRIDS["full"])
 
 
 @pytest.mark.parametrize("name", ["webnlg", "summarization"])
@@ -547,6 +575,8 @@ def test_flags_of_the_paper() -> None:
         words = {arm.name for arm in few.arms if arm.options.init_text is not None}
         assert words == {"prefix from words 50", "prefix from words 500"}
     assert {arm.rate_of for arm in few.arms} == {None}  # each size has its own
+    with pytest.raises(SystemExit):
+        options_of(["ablations", "--processes", "0"])
     with pytest.raises(SystemExit):
         options_of(["ablations", "--test", "folder"])
     with pytest.raises(SystemExit):

@@ -6,7 +6,7 @@
     python -m benchmarks.paper webnlg --test webnlg_challenge_2017/test --rows 18000 --epochs 5 --test-inputs 2000
     python -m benchmarks.paper e2e-lowdata --table
 
-Each goes on where it was stopped, one JSON file a finished run, and writes NAME.md, NAME.json and NAME.svg into
+Each goes on where it was stopped, one JSON file a finished run, by two processes beside each other, and writes NAME.md, NAME.json and NAME.svg into
 benchmarks/results/, finished or not. Other sizes than the default, or some of them, have files named after them. Runs on the same data, such
 as those of e2e-lowdata, ablations and baselines, lie in one folder, and what several need is run once.
 """
@@ -18,9 +18,14 @@ import sys
 from typing import Any
 
 from benchmarks.paper.studies import STARTS, STUDIES, WAYS
-from benchmarks.report import work_and_report
+from benchmarks.report import report
+from benchmarks.runs import beside_each_other
+from benchmarks.study import Study, run, todo
 
-COMMON = {"samples": 1, "seeds": 1, "length": 10, "beams": 1, "base": None, "dtype": "float32", "device": None}
+COMMON = {
+    **{"samples": 1, "seeds": 1, "length": 10, "beams": 1},
+    **{"base": None, "dtype": "float32", "device": None, "processes": 2},
+}
 HELP = {
     "samples": "samples of training rows",
     "seeds": "seeds of each",
@@ -29,6 +34,7 @@ HELP = {
     "base": "by default smollm2-135m, and for encoder-decoder the small BART",
     "dtype": "of the base; not the machine's choice, since a study may go on on another one",
     "device": "as torch names it",
+    "processes": "to share the runs, and the cores",
     "rows": "training rows",
     "sizes": "of the curve's training sizes, these alone",
     "starts": "what the prefixes start from: words of the task, as the paper's; the first rows, foreword's default",
@@ -45,8 +51,8 @@ LISTS: dict[str, dict[str, Any]] = {
     "methods": {"choices": sorted({method for method, _, _ in WAYS.values()})},
 }
 """Flags that take several values."""
-SAME_RUNS = ("samples", "seeds", "device")
-"""Flags that change how many runs there are, but not a run; the others are in the names of what is written."""
+SAME_RUNS = ("samples", "seeds", "device", "processes")
+"""Flags that change how many runs there are or how they are made, but not a run; the others are in the names of what is written."""
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
@@ -64,16 +70,33 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
             command.add_argument(f"--{flag.replace('_', '-')}", default=default, help=HELP[flag], **kind)
         command.add_argument("--table", action="store_true", help="report what is there, and run nothing")
     options = parser.parse_args(arguments)
+    if options.processes < 1:
+        parser.error(f"expected at least one process; got {options.processes}")
     usual = {**COMMON, **STUDIES[options.name][1]}
     given = {flag: getattr(options, flag) for flag, default in usual.items() if getattr(options, flag) != default}
     options.changed = {flag: value for flag, value in given.items() if flag not in SAME_RUNS}
     return options
 
 
-def main() -> None:
-    options = options_of(sys.argv[1:])
+def study_of(options: argparse.Namespace) -> Study:
     make, _ = STUDIES[options.name]
-    work_and_report(make(options), module="benchmarks.paper", table=options.table)
+    return make(options)
+
+
+def work(arguments: list[str]) -> None:
+    """Do the runs that are missing and that nobody else does."""
+    study = study_of(options_of(arguments))
+    study.runs.work(lambda: todo(study), lambda unit: run(study, unit))
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    options = options_of(arguments)
+    study = study_of(options)
+    if not options.table:
+        beside_each_other(work, arguments, processes=options.processes)
+    command = ["python -m benchmarks.paper", *(word for word in arguments if word != "--table")]
+    print(report(study, command=" ".join(command)))
 
 
 if __name__ == "__main__":

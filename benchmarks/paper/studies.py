@@ -1,8 +1,7 @@
 """The paper's claims, and ways to tune, as studies: what is trained, on what, and what is compared.
 
-Default sizes are for two cores, two processes of one thread each: smollm2-135m trains at about 430 real tokens a second with
-a prefix there in float32, and each study is meant to take two to four hours, learning rates included; where bfloat16 is
-fast, --dtype bfloat16 takes about half of it.
+Default sizes are for two cores, two processes of one thread each. Where these are fast in bfloat16, each study takes at
+most 150 minutes with --dtype bfloat16, learning rates included; in float32 up to four hours.
 """
 
 from __future__ import annotations
@@ -25,7 +24,10 @@ E2E_DIFFERS = (
 
 
 FEW, FEW_FROM_WORDS = 100, 500
-"""Up to so many rows, the learning rates that are tried first are lower; of prefixes that start from words, the latter."""
+"""Up to so many rows, the prefix's learning rates that are tried first are lower; where it starts from words, the latter."""
+
+MANY = 1000
+"""From so many rows on, fine-tuning's are higher."""
 
 E2E_WORDS = "table-to-text: describe the restaurant"
 WEBNLG_WORDS = "table-to-text: describe the facts"
@@ -34,6 +36,12 @@ SYNOPSIS_WORDS = "summarize: describe the package in one line"
 
 STARTS = {"words": ("prefix from words", E2E_WORDS), "rows": ("prefix", None)}
 """What the prefixes of e2e-lowdata may start from: the line's name, and the words; None is the first rows."""
+
+
+def _grid(method: str, size: int, options: Options) -> str | None:
+    if method == "full":
+        return "full-many" if size >= MANY else None
+    return "prefix-few" if size <= (FEW if options.init_text is None else FEW_FROM_WORDS) else None
 
 
 def _curve(
@@ -57,7 +65,7 @@ def _curve(
         Arm(
             name=f"{kind} {size}",
             method=method,
-            grid="prefix-few" if method == "prefix" and size <= few else None,
+            grid=_grid(method, size, own),
             rows=size,
             epochs=epochs,
             options=own,
@@ -65,7 +73,6 @@ def _curve(
             x=size,
         )
         for kind, (method, own) in kinds.items()
-        for few in [FEW if own.init_text is None else FEW_FROM_WORDS]
         for size, epochs in chosen.items()
     ]
     return chosen, arms
