@@ -2,7 +2,7 @@
 
     python -m benchmarks.loss_curves --dtype float32 --steps 50 --json benchmarks/results/loss_curves-float32.json
     python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --json benchmarks/results/loss_curves-bfloat16.json
-    python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --batch 4 --reparametrization mlp
+    python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --batch 4 --count 500 --reparametrization mlp
 
 The plain path is transformers' own alone: the prefix in a cache, the model called with labels, its default attention, all
 logits. A second plain path, which differs from it in the attention's implementation (eager), shows how far rounding alone
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--count", type=int, default=3400, help="rows to draw from; by default more than 200 steps see")
     parser.add_argument("--length", type=int, default=10)
     parser.add_argument("--reparametrization", choices=("direct", "mlp"), default="direct")
     parser.add_argument("--lr", type=float, help="peak learning rate; by default that of `foreword train`")
@@ -100,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
 
     base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
-    split = e2e_split()
+    split = e2e_split(rows=options.count)
     rows = rows_of(base, split.train, Framing(), length=options.length)
     held_out = rows_of(base, training_rows(split.dev)[: options.held_out], Framing(), length=options.length)
     kind = options.reparametrization
