@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +26,7 @@ import foreword
 from benchmarks import train_speed, train_vs_peft, users_help
 from benchmarks.bart import BOS, EOS, MASK, corrupt, pretrain
 from benchmarks.methods import GRIDS, METHODS, WARMUP, Options, attached_texts, fit
-from benchmarks.paper.__main__ import options_of
+from benchmarks.paper.command import options_of
 from benchmarks.paper.studies import STUDIES
 from benchmarks.report import report
 from benchmarks.runs import MOST_RATES, Runs, best_rate
@@ -35,6 +38,7 @@ from foreword.generation import GenerateSettings, end_ids
 from foreword.loss import mean_loss
 from foreword.prefix import Framing
 from foreword.tasks import Example
+from foreword.writing import write_jsonl
 
 # PEFT asks transformers by a name that its newest release has given up
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -581,6 +585,28 @@ def test_flags_of_the_paper() -> None:
         options_of(["ablations", "--test", "folder"])
     with pytest.raises(SystemExit):
         options_of(["baselines", "--methods", "adapters"])
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_table_from_nothing(folder: Path, tmp_path: Path) -> None:
+    """By processes of its own; a copy of the benchmarks has results of its own."""
+    shutil.copytree(Path(benchmarks.study.__file__).parent, tmp_path / "benchmarks", ignore=lambda *_: ["results"])
+    for name, count in {"train": 150, "dev": 5}.items():
+        rows = [{"document": f"{name} {i} is {i % 7}", "summary": f"{i % 7} is odd"} for i in range(count)]
+        write_jsonl(tmp_path / "data" / "debian-synopsis" / f"{name}.jsonl", rows)
+    sizes = ["--sizes", "100", "--dev", "3", "--test-inputs", "5", "--length", "2"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.paper", "summarization", "--base", str(folder), *sizes],
+        cwd=tmp_path,
+        env={**os.environ, "FOREWORD_DATA": str(tmp_path / "data"), "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "| prefix 100 – fine-tuning 100 | all | 1 |" in ended.stdout
+    assert "Unfinished" not in ended.stdout
+    made = [path for path in (tmp_path / "benchmarks" / "results").rglob("*") if path.is_file()]
+    assert {path.suffix for path in made} == {".json", ".md", ".svg"}
 
 
 @pytest.mark.slow
