@@ -6,9 +6,10 @@
     python -m benchmarks.paper webnlg --test webnlg_challenge_2017/test --rows 18000 --epochs 5 --test-inputs 2000
     python -m benchmarks.paper e2e-lowdata --table
 
-Each goes on where it was stopped, one JSON file a finished run, by two processes beside each other, and writes NAME.md, NAME.json and NAME.svg into
-benchmarks/results/, finished or not. Other sizes than the default, or some of them, have files named after them. Runs on the same data, such
-as those of e2e-lowdata, ablations and baselines, lie in one folder, and what several need is run once.
+Each goes on where it was stopped, one JSON file a finished run, by two processes beside each other, and writes
+NAME.md, NAME.json and NAME.svg into benchmarks/results/, finished or not. Other sizes than the default, or some of
+them, have files named after them. Runs on the same data, such as those of e2e-lowdata, ablations and baselines, lie in
+one folder, and what several need is run once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The paper's claims, and ways to tune, as studies: what is trained, on what, and what is compared.
 
-Default sizes are for two cores, two processes of one thread each. Where these are fast in bfloat16, each study takes at
-most 150 minutes with --dtype bfloat16, learning rates included; in float32 up to four hours.
+Default sizes are for two cores, two processes of one thread each. Where these are fast in bfloat16, each of the paper's
+takes at most 150 minutes with --dtype bfloat16, learning rates included; in float32 up to four hours.
 """
 
 from __future__ import annotations
