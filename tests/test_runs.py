@@ -36,12 +36,13 @@ def what_fails(folder: str) -> None:
     raise SystemExit("this is why")
 
 
-def test_processes_share_the_runs_and_the_threads(tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
+def test_processes_share_the_runs_and_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = os.cpu_count() or 1
+    monkeypatch.setenv("OMP_NUM_THREADS", str(cores))  # what a new process of torch's begins with
     beside_each_other(one_of_two, str(tmp_path), processes=2)
     made = Runs(tmp_path / "runs").matching("*")
     assert len({one["process"] for one in made} | {os.getpid()}) == 3
-    assert [one["threads"] for one in made] == [max(1, threads // 2)] * 2
+    assert [one["threads"] for one in made] == [max(1, cores // 2)] * 2
 
 
 def test_one_process_is_this_one() -> None:
