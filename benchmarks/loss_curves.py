@@ -1,7 +1,8 @@
 """Does the fast path learn what a plain one learns?
 
-    python -m benchmarks.loss_curves --dtype float32 --steps 50 --json benchmarks/results/loss_curves-float32.json
+    python -m benchmarks.loss_curves --batch 4 --count 500 --json benchmarks/results/loss_curves-float32.json
     python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --json benchmarks/results/loss_curves-bfloat16.json
+    python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --count 500
     python -m benchmarks.loss_curves --dtype bfloat16 --steps 200 --batch 4 --count 500 --reparametrization mlp
 
 The plain path is transformers' own alone: the prefix in a cache, the model called with labels, its default attention, all

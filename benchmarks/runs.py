@@ -1,7 +1,7 @@
 """Runs of a benchmark: each one JSON file, written when it is done, so that the benchmark goes on where it was stopped.
 
-Several processes beside each other share the runs. Learning rates are chosen by one rule for
-everybody: three at first, the best on development data, and while the best is at the edge, another one beyond it.
+Several processes beside each other share the runs. Learning rates are chosen by one rule for everybody: three at first,
+the best on development data, and while the best is at the edge, another one beyond it.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ STARTS = {"words": ("prefix from words", E2E_WORDS), "rows": ("prefix", None)}
 
 
 def _grid(method: str, size: int, options: Options) -> str | None:
+    """Which of GRIDS so many rows begin with; None is the method's own."""
     if method == "full":
         return "full-many" if size >= MANY else None
     return "prefix-few" if size <= (FEW if options.init_text is None else FEW_FROM_WORDS) else None

@@ -33,8 +33,8 @@ _OF_X = ("k_proj", "v_proj", "k", "v")
 """What they call those projections of cross-attention that see x."""
 
 
-TRIES = 5
-"""Products at a time, so that reading the clock and waiting for a GPU are nothing beside them."""
+_AT_A_TIME = 5
+"""Times that a product is made between two looks at the clock, beside which waiting for a GPU is then nothing."""
 
 
 class Work:
@@ -148,11 +148,11 @@ def product_rate(base: Base, tokens: int, *, seconds: float = 1.0) -> float:
         while best == math.inf or time.perf_counter() < until:
             synchronize(base.device)
             began = time.perf_counter()
-            for _ in range(TRIES):
+            for _ in range(_AT_A_TIME):
                 nn.functional.linear(x, alike[0])
                 y @ alike[0]
             synchronize(base.device)
-            best = min(best, (time.perf_counter() - began) / TRIES)
+            best = min(best, (time.perf_counter() - began) / _AT_A_TIME)
         operations += len(alike) * 4 * tokens * shape.numel()
         took += len(alike) * best
     return operations / took
