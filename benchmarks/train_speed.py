@@ -54,7 +54,7 @@ def main() -> None:
         found = json.loads(options.json.read_text())
         # a file of old has one machine for all its rows
         results = [{"machine": found.get("machine"), **result} for result in found["results"]]
-    console = Console()
+    console = Console(width=one.WIDTH)
     asked = []
     for cell in grid:
         shared = ["--base", options.base, "--rounds", str(options.rounds), "--seconds", str(options.seconds)]

@@ -8,13 +8,15 @@ default attention); `peft-eager` and `peft-sdpa`, with that attention and batche
 at its best; `full`, full fine-tuning with such batches. Same base, rows, batch size, length, dtype and optimizer. Each side
 runs in a process of its own, so that peak memory can be compared, and the sides take turns for several rounds. Tokens are
 real ones, x and y; padding and virtual tokens are not counted. Beside them stands the machine's limit, measured in the same
-run: see foreword.limit. `benchmarks.train_speed` does this for many sizes.
+run: see foreword.limit. It counts once what rows of a batch have in common; "without sharing" is the limit of a path that
+runs every token of every row, as PEFT's does. `benchmarks.train_speed` does this for many sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -119,7 +121,7 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])
     synchronize(base.device)
-    tokens, count, needed = 0, 0, 0.0
+    tokens, count, needed, needed_apart = 0, 0, 0.0, 0.0
     began = time.perf_counter()
     while time.perf_counter() - began < options.seconds:
         chosen = [rows[i] for i in next(turns)]
@@ -127,15 +129,17 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
         tokens += sum(map(len, chosen))
         count += len(chosen)
         needed += work.of(chosen)
+        needed_apart += sum(work.of([row]) for row in chosen)
     synchronize(base.device)
     seconds = time.perf_counter() - began
-    mean_tokens = round(options.batch * tokens / count)
+    rate = product_rate(base, round(options.batch * tokens / count))
     return {
         "tokens_per_second": tokens / seconds,
         "rows_per_second": count / seconds,
         "peak_mib": peak_memory(base) / 2**20,
         "loaded_mib": loaded / 2**20,
-        "limit_tokens_per_second": tokens / (needed / product_rate(base, mean_tokens)),
+        "limit_tokens_per_second": tokens / (needed / rate),
+        "limit_without_sharing": tokens / (needed_apart / rate),
     }
 
 
@@ -148,12 +152,18 @@ def main() -> None:
     table = Table(*COLUMNS, title=f"{result['name']}, median of {options.rounds}")
     for line in lines_of(result):
         table.add_row(*line)
-    Console().print(table)
+    Console(width=WIDTH).print(table)
     if options.json:
         write(options.json, [result])
 
 
-COLUMNS = ("side", "tokens/s", "rows/s", "peak MiB", "of the limit", "foreword is faster by", "foreword's memory")
+WIDTH = 120
+"""Of tables, in characters."""
+
+COLUMNS = (
+    *("side", "tokens/s", "rows/s", "peak MiB", "of the limit", "without sharing"),
+    *("foreword is faster by", "foreword's memory"),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -223,11 +233,13 @@ def lines_of(result: Mapping[str, Any]) -> Iterator[list[str]]:
     median = result["median"]
     # each side measured the limit in its own process, with its own batches: the best of them is the machine's
     limit = max(m["limit_tokens_per_second"] for m in median.values())
+    # results of old have it not
+    apart = max(m.get("limit_without_sharing", math.nan) for m in median.values())
     ours = median.get("foreword")
     for side in result["rounds"]:
         m = median.get(side)
         if m is None:
-            yield [side, "out of memory", *[""] * 5]
+            yield [side, "out of memory", *[""] * (len(COLUMNS) - 2)]
             continue
         beside = ["", ""]
         if ours is not None and side != "foreword":
@@ -241,6 +253,7 @@ def lines_of(result: Mapping[str, Any]) -> Iterator[list[str]]:
             f"{m['rows_per_second']:.1f}",
             f"{m['peak_mib']:,.0f}",
             f"{m['tokens_per_second'] / limit:.0%}",
+            "" if math.isnan(apart) else f"{m['tokens_per_second'] / apart:.0%}",
             *beside,
         ]
 

@@ -633,6 +633,7 @@ def test_a_row_of_train_speed_is_told_by_all_that_makes_it(tmp_path: Path, monke
     def measure(command: list[str], **_: Any) -> Any:
         asked.append(command)
         figures = ("tokens_per_second", "rows_per_second", "peak_mib", "loaded_mib", "limit_tokens_per_second")
+        figures += ("limit_without_sharing",)
         return SimpleNamespace(returncode=0, stdout=json.dumps(dict.fromkeys(figures, 1.0)))
 
     def new(*flags: str) -> int:
@@ -660,6 +661,37 @@ def test_a_row_of_train_speed_is_told_by_all_that_makes_it(tmp_path: Path, monke
     assert [one["machine"]["torch"] for one in results] == ["of old", *[torch.__version__] * 3]
     file.write_text(json.dumps({"machine": {**machine, "processor": "another"}, "results": [result]}))
     assert new() == 3
+
+
+def test_a_side_is_held_against_both_limits() -> None:
+    common = {"rows_per_second": 2.0, "loaded_mib": 1.0}
+    ours = {
+        "tokens_per_second": 60.0,
+        "peak_mib": 50.0,
+        "limit_tokens_per_second": 100.0,
+        "limit_without_sharing": 80.0,
+    }
+    theirs = {
+        "tokens_per_second": 20.0,
+        "peak_mib": 80.0,
+        "limit_tokens_per_second": 90.0,
+        "limit_without_sharing": 70.0,
+    }
+    median = {"foreword": {**common, **ours}, "peft": {**common, **theirs}}
+    result = {"median": median, "rounds": dict.fromkeys(["foreword", "peft", "full"])}
+    lines = [dict(zip(train_vs_peft.COLUMNS, line, strict=True)) for line in train_vs_peft.lines_of(result)]
+    assert [(line["of the limit"], line["without sharing"]) for line in lines] == [
+        ("60%", "75%"),
+        ("20%", "25%"),
+        ("", ""),
+    ]
+    assert [line["foreword is faster by"] for line in lines] == ["", "3.00", ""]
+    assert lines[1]["foreword's memory"] == "0.62"
+    assert lines[2]["tokens/s"] == "out of memory"
+    for side in median.values():
+        del side["limit_without_sharing"]  # as results of old
+    lines = [dict(zip(train_vs_peft.COLUMNS, line, strict=True)) for line in train_vs_peft.lines_of(result)]
+    assert [(line["of the limit"], line["without sharing"]) for line in lines] == [("60%", ""), ("20%", ""), ("", "")]
 
 
 def test_a_side_of_users_help_is_told_by_all_that_makes_it(tmp_path: Path) -> None:
