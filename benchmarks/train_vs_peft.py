@@ -40,6 +40,7 @@ from foreword.limit import Work, peak_memory, product_rate, synchronize
 from foreword.loss import forward_loss
 from foreword.prefix import Framing
 from foreword.reparam import Reparametrization, trainable_prefix
+from foreword.training import passes_of
 
 SIDES = ("foreword", "peft", "peft-eager", "peft-sdpa", "full")
 Step = Callable[[list[Row]], None]
@@ -65,7 +66,13 @@ def step_of(side: str, base: Base, length: int, rows: list[Row], kind: Reparamet
             base.device
         )
         attachment = attach(base.model, trainable)
-        return _step(list(trainable.parameters()), lambda chosen: _mean_loss(base, attachment, collate(base, chosen)))
+
+        def ours(chosen: list[Row]) -> None:
+            count = sum(len(row.y) for row in chosen)
+            for together in passes_of(base, chosen):
+                (forward_loss(base, attachment, collate(base, together)) / count).backward()
+
+        return _step(list(trainable.parameters()), ours)
     from benchmarks.peft_side import peft_batch, peft_model
 
     if side == "full":
@@ -75,18 +82,14 @@ def step_of(side: str, base: Base, length: int, rows: list[Row], kind: Reparamet
         model = peft_model(base, length=length, projection=kind == "mlp", attention=side.partition("-")[2] or None)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return _step(parameters, lambda chosen: model(**peft_batch(base, chosen)).loss)
+    return _step(parameters, lambda chosen: model(**peft_batch(base, chosen)).loss.backward())
 
 
-def _mean_loss(base: Base, attachment: Any, batch: Any) -> torch.Tensor:
-    return forward_loss(base, attachment, batch) / len(batch.labels)
-
-
-def _step(parameters: list[torch.nn.Parameter], loss: Callable[[list[Row]], torch.Tensor]) -> Step:
+def _step(parameters: list[torch.nn.Parameter], backward: Step) -> Step:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0, fused=True)
 
     def step(chosen: list[Row]) -> None:
-        loss(chosen).backward()
+        backward(chosen)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

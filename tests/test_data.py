@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
 import math
@@ -32,7 +33,7 @@ from torch.nn.functional import cross_entropy
 
 from foreword.attach import attach
 from foreword.bases import Base
-from foreword.data import Row, batches, collate, frame, likeness, read_records, rows_of
+from foreword.data import Row, batches, collate, frame, likeness, passes, read_records, rows_of
 from foreword.errors import DataError, SettingsError, TooLongError
 from foreword.prefix import Framing
 
@@ -621,3 +622,21 @@ def test_rows_that_begin_alike_come_into_one_batch() -> None:
     assert records_of(plan) > 8, "and is a mix all the same"
     assert padding(rows, plan) < 0.1
     assert of_bart == by_length == batches(rows, 16, seed=0, epoch=0)
+
+
+def test_passes_hold_so_many_rows_and_tokens_and_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    for most in (1, 23, 61, 5000):
+        monkeypatch.setattr("foreword.data.TOKENS_AT_ONCE", most)
+        for rows_at_once in (1, 3, 50):
+            rows = [Row([7] * rng.randint(1, 30), [8] * rng.randint(1, 9)) for _ in range(47)]
+            made = passes(rows, rows_at_once)
+            assert sorted(i for together in made for i in together) == list(range(47))
+            lengths = [[len(rows[i]) for i in together] for together in made]
+            assert [n for together in lengths for n in together] == sorted(map(len, rows))
+            for together, after in itertools.pairwise([*lengths, [10**9]]):
+                assert len(together) == 1 or len(together) * max(together) <= most
+                assert len(together) <= rows_at_once
+                fuller = [*together, after[0]]
+                assert len(fuller) > rows_at_once or len(fuller) * after[0] > most, "one more had fitted"
+    assert passes([], 5) == []

@@ -30,7 +30,7 @@ from transformers import DynamicCache
 from foreword.attach import Stack, attach
 from foreword.bases import Base
 from foreword.checkpoint import check_out, checkpoint_of
-from foreword.data import batches, collate, likeness, rows_of
+from foreword.data import Row, batches, collate, likeness, rows_of
 from foreword.errors import DataError, SettingsError, TooLongError, TrainingError, WrongBaseError
 from foreword.learner import Learner, _start_tokens, make_trainable
 from foreword.learner import checkpointing as checkpointed
@@ -38,7 +38,7 @@ from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import layers_of, matrices_of
-from foreword.training import TrainingProgress, TrainSettings, _Alone, attach_trainable, train
+from foreword.training import TrainingProgress, TrainSettings, _Alone, attach_trainable, passes_of, train
 from foreword.writing import _aside
 
 ROWS = [{"input": f"{n} plus {n}", "output": "ab" * n + "."} for n in (1, 4, 2, 7, 3, 5, 6)]
@@ -248,6 +248,42 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(monkeypatch: pytest.
     for other_losses, other in seen.values():
         assert other_losses == pytest.approx(losses, rel=1e-12)
         torch.testing.assert_close(other, gradient, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_a_batch_of_many_tokens_goes_through_the_base_in_passes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, runs = fresh_base(family, torch.float64), 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    base.model.register_forward_hook(count)
+    start, settings = own_prefix(base), settings_of(batch_size=len(ROWS), epochs=1, clip=0)
+    seen: list[tuple[int, list[float], torch.Tensor]] = []
+    for most in (4096, 40, 1):
+        monkeypatch.setattr("foreword.data.TOKENS_AT_ONCE", most)
+        losses: list[float] = []
+        runs = 0
+        with gradients(monkeypatch) as steps:
+            train(base, ROWS, init_from=start, settings=settings, on_step=lambda p, to=losses: to.append(p.loss))
+        assert len(steps) == 1
+        seen.append((runs, losses, steps[0]))
+    (whole, losses, gradient), (some, _, _), (each, _, _) = seen
+    assert (whole, each) == (1, len(ROWS))
+    assert 1 < some < len(ROWS)
+    for _, other_losses, other in seen:
+        assert other_losses == pytest.approx(losses, rel=1e-12)
+        torch.testing.assert_close(other, gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_a_gpu_has_its_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreword.data.TOKENS_AT_ONCE", 10)
+    rows = [Row([7] * n, [8]) for n in (5, 1, 3)]
+    of_cpu, of_gpu = (cast(Base, SimpleNamespace(device=torch.device(name))) for name in ("cpu", "cuda"))
+    assert passes_of(of_cpu, rows) == [[rows[1], rows[2]], [rows[0]]]
+    assert passes_of(of_cpu, rows[:0:-1]) == [rows[:0:-1]], "what fits stays in its order"
+    assert passes_of(of_gpu, rows) == [rows]
 
 
 def test_clip_bounds_the_norm_and_zero_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:

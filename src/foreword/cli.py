@@ -102,7 +102,7 @@ def train(
     lr: t.LearningRate = TrainSettings.lr,
     epochs: t.Epochs = TrainSettings.epochs,
     batch_size: Annotated[
-        int, typer.Option(help="Rows through the base at once, on each process.")
+        int, typer.Option(help="Rows of a batch, on each process.")
     ] = TrainSettings.batch_size,
     accumulation: Annotated[int, typer.Option(help="Such batches to one step.")] = TrainSettings.accumulation,
     warmup: t.Warmup = TrainSettings.warmup,

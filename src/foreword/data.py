@@ -29,12 +29,26 @@ from foreword.reading import text_of
 if TYPE_CHECKING:
     from foreword.bases import Base
 
-__all__ = ["Batch", "Row", "batches", "check_records", "collate", "frame", "read_records", "rows_of", "tokenize"]
+__all__ = [
+    "Batch",
+    "Row",
+    "batches",
+    "check_records",
+    "collate",
+    "frame",
+    "passes",
+    "read_records",
+    "rows_of",
+    "tokenize",
+]
 
 Record = Mapping[str, Any]
 
 POOL = 32
 """Batches are cut from pools of this many batches, each sorted by what is alike: little padding, and another mix every epoch."""
+
+TOKENS_AT_ONCE = 1 << 12
+"""Tokens that go through the base together: on a CPU more take more memory, and are no faster."""
 
 _CONTENT = "content of the last message"
 """Stands in a chat's last message where what the template puts after it is asked for."""
@@ -454,6 +468,24 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int, *, left: bool = False) -> tup
         tokens[b, place] = torch.tensor(row)
         mask[b, place] = 1
     return tokens, mask
+
+
+def passes(rows: Sequence[Row], rows_at_once: int) -> list[list[int]]:
+    """Which rows go through the base together: the shortest first, TOKENS_AT_ONCE at the most, padding counted.
+
+    Args:
+        rows: in any order.
+        rows_at_once: no more than so many together.
+
+    Returns:
+        indices of the rows; one that is longer than that goes by itself.
+    """
+    made: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if not made or len(made[-1]) == rows_at_once or (len(made[-1]) + 1) * len(rows[i]) > TOKENS_AT_ONCE:
+            made.append([])
+        made[-1].append(i)
+    return made
 
 
 def collate(base: Base, rows: Sequence[Row]) -> Batch:

@@ -26,7 +26,7 @@ import transformers
 from torch import nn
 
 from foreword.attach import Attachment, Stack, attach
-from foreword.data import Record, Row, collate, fields_of
+from foreword.data import Record, Row, collate, fields_of, passes
 from foreword.errors import (
     DataError,
     ForewordError,
@@ -48,9 +48,6 @@ if TYPE_CHECKING:
     from foreword.bases import Base
 
 __all__ = ["UserFile", "UserReport", "train_many"]
-
-TOKENS_AT_ONCE = 1 << 12
-"""Tokens, padding counted, beyond which fewer rows than `rows_at_once` go through the base together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,8 +370,8 @@ def _mean_losses(
         counts[place] = sum(len(row.y) for row in own)
     sums = torch.zeros_like(counts)
     errors: dict[int, DataError] = {}
-    flat = sorted(((row, place) for place, own in rows.items() for row in own), key=lambda pair: len(pair[0]))
-    waiting = _batches(flat, rows_at_once)
+    flat = [(row, place) for place, own in rows.items() for row in own]
+    waiting = [[flat[i] for i in together] for together in passes([row for row, _ in flat], rows_at_once)]
     while waiting:
         chosen = waiting.pop()
         attachment.rows = torch.tensor([place for _, place in chosen])
@@ -402,13 +399,3 @@ def _mean_losses(
     attachment.rows = None
     means = (sums / counts).tolist()
     return {place: means[place] for place in rows}, errors
-
-
-def _batches(rows: Sequence[tuple[Row, int]], rows_at_once: int) -> list[list[tuple[Row, int]]]:
-    """Rows, the shortest first, in batches of no more than so many rows, nor of more than TOKENS_AT_ONCE tokens with padding."""
-    made: list[list[tuple[Row, int]]] = []
-    for one in rows:
-        if not made or len(made[-1]) == rows_at_once or (len(made[-1]) + 1) * len(one[0]) > TOKENS_AT_ONCE:
-            made.append([])
-        made[-1].append(one)
-    return made

@@ -29,7 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from foreword.attach import Attachment, attach
 from foreword.attention import NAME
 from foreword.checkpoint import check_out, checkpoint_of, read_checkpoint, write_checkpoint
-from foreword.data import Record, collate
+from foreword.data import Record, Row, collate, passes
 from foreword.errors import SettingsError, TrainingError
 from foreword.learner import Learner, checkpointing, framing_for, init_name, make_trainable
 from foreword.limit import Work
@@ -256,17 +256,25 @@ def _gradients(
     count = sum(len(rows[i].y) for indices in group for i in indices)
     total = torch.zeros((), device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
     for indices in group[accelerator.process_index :: accelerator.num_processes]:
-        batch = collate(base, [rows[i] for i in indices])
-        with accelerator.autocast():
-            loss = forward_loss(base, attachment, batch, infix=learner.settings.infix) / count
-        loss.backward()
-        total = total + loss.detach()
+        for together in passes_of(base, [rows[i] for i in indices]):
+            batch = collate(base, together)
+            with accelerator.autocast():
+                loss = forward_loss(base, attachment, batch, infix=learner.settings.infix) / count
+            loss.backward()
+            total = total + loss.detach()
     if accelerator.num_processes > 1:
         for parameter in learner.trainable.parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = accelerator.reduce(gradient, "sum")
         total = accelerator.reduce(total, "sum")
     return total.item()
+
+
+def passes_of(base: Base, rows: Sequence[Row]) -> list[list[Row]]:
+    """A batch in as many passes as it takes: on a GPU one, whose memory is the batch size's to fill."""
+    if base.device.type != "cpu":
+        return [list(rows)]
+    return [[rows[i] for i in sorted(together)] for together in passes(rows, len(rows))]
 
 
 def _dev_loss(base: Base, attachment: Attachment, learner: Learner, accelerator: Accelerator | _Alone) -> float:
