@@ -101,9 +101,7 @@ def train(
     init_from: Annotated[Path | None, typer.Option(help="A saved prefix to go on from; its length stays.")] = None,
     lr: t.LearningRate = TrainSettings.lr,
     epochs: t.Epochs = TrainSettings.epochs,
-    batch_size: Annotated[
-        int, typer.Option(help="Rows of a batch, on each process.")
-    ] = TrainSettings.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch, on each process.")] = TrainSettings.batch_size,
     accumulation: Annotated[int, typer.Option(help="Such batches to one step.")] = TrainSettings.accumulation,
     warmup: t.Warmup = TrainSettings.warmup,
     clip: t.Clip = TrainSettings.clip,
