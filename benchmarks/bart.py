@@ -30,8 +30,9 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 
 from benchmarks.e2e_rows import DATA
 from benchmarks.record import write_json
+from foreword.batching import batches, pad
 from foreword.builtin import cache_folder
-from foreword.data import batches, pad, read_records
+from foreword.data import read_records
 from foreword.writing import write_atomically
 
 VOCAB = 8192

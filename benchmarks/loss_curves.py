@@ -34,7 +34,8 @@ from benchmarks.peft_side import peft_batch
 from benchmarks.record import machine, write_json
 from foreword.attach import attach
 from foreword.bases import Base
-from foreword.data import Row, batches, collate, likeness, rows_of
+from foreword.batching import batches, collate, likeness
+from foreword.data import Row, rows_of
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Framing
 from foreword.reparam import TrainablePrefix, trainable_prefix

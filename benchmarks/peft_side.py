@@ -10,7 +10,8 @@ import torch
 from peft import PrefixTuningConfig, TaskType, get_peft_model
 
 from foreword.bases import Base
-from foreword.data import Row, pad
+from foreword.batching import pad
+from foreword.data import Row
 from foreword.interop.peft import import_peft
 from foreword.prefix import Prefix
 

@@ -35,12 +35,12 @@ from benchmarks.e2e_rows import DATA, e2e_split
 from benchmarks.record import machine, write_json
 from foreword.attach import attach
 from foreword.bases import Base
-from foreword.data import Row, batches, collate, likeness, read_records, rows_of
+from foreword.batching import batches, collate, likeness, passes_of
+from foreword.data import Row, read_records, rows_of
 from foreword.limit import Work, peak_memory, product_rate, synchronize
 from foreword.loss import forward_loss
 from foreword.prefix import Framing
 from foreword.reparam import Reparametrization, trainable_prefix
-from foreword.training import passes_of
 
 SIDES = ("foreword", "peft", "peft-eager", "peft-sdpa", "full")
 Step = Callable[[list[Row]], None]
@@ -124,17 +124,16 @@ def run_side(options: argparse.Namespace) -> dict[str, float]:
     for _ in range(options.warm):
         step([rows[i] for i in next(turns)])
     synchronize(base.device)
-    tokens, count, needed, needed_apart = 0, 0, 0.0, 0.0
+    done: list[list[Row]] = []
     began = time.perf_counter()
     while time.perf_counter() - began < options.seconds:
-        chosen = [rows[i] for i in next(turns)]
-        step(chosen)
-        tokens += sum(map(len, chosen))
-        count += len(chosen)
-        needed += work.of(chosen)
-        needed_apart += sum(work.of([row]) for row in chosen)
+        done.append([rows[i] for i in next(turns)])
+        step(done[-1])
     synchronize(base.device)
     seconds = time.perf_counter() - began
+    every = [row for chosen in done for row in chosen]
+    tokens, count = sum(map(len, every)), len(every)
+    needed, needed_apart = sum(map(work.of, done)), sum(work.of([row]) for row in every)
     rate = product_rate(base, round(options.batch * tokens / count))
     return {
         "tokens_per_second": tokens / seconds,

@@ -22,8 +22,9 @@ from transformers.utils import logging
 
 from foreword.attach import Stack, attach, section_shapes
 from foreword.bases import Base, cache_folder, load_base
+from foreword.batching import collate
 from foreword.builtin import BUILT_IN, BuiltIn, download
-from foreword.data import Row, collate
+from foreword.data import Row
 from foreword.errors import BaseLoadError, MissingExtraError, SettingsError
 from foreword.generation import GenerateSettings, generate
 

@@ -632,8 +632,8 @@ def test_a_row_of_train_speed_is_told_by_all_that_makes_it(tmp_path: Path, monke
 
     def measure(command: list[str], **_: Any) -> Any:
         asked.append(command)
-        figures = ("tokens_per_second", "rows_per_second", "peak_mib", "loaded_mib", "limit_tokens_per_second")
-        figures += ("limit_without_sharing",)
+        limits = ("limit_tokens_per_second", "limit_without_sharing")
+        figures = ("tokens_per_second", "rows_per_second", "peak_mib", "loaded_mib", *limits)
         return SimpleNamespace(returncode=0, stdout=json.dumps(dict.fromkeys(figures, 1.0)))
 
     def new(*flags: str) -> int:

@@ -29,8 +29,9 @@ import foreword.bases
 import foreword.limit
 import foreword.training
 from foreword.bases import Base
+from foreword.batching import batches, likeness
 from foreword.cli import TRACKERS, main
-from foreword.data import batches, likeness, read_records, rows_of
+from foreword.data import read_records, rows_of
 from foreword.evaluate import score_files
 from foreword.limit import Work
 from foreword.prefix import Framing, Prefix

@@ -33,7 +33,8 @@ from torch.nn.functional import cross_entropy
 
 from foreword.attach import attach
 from foreword.bases import Base
-from foreword.data import Row, batches, collate, frame, likeness, passes, read_records, rows_of
+from foreword.batching import batches, collate, likeness, passes
+from foreword.data import Row, frame, read_records, rows_of
 from foreword.errors import DataError, SettingsError, TooLongError
 from foreword.prefix import Framing
 
@@ -627,7 +628,7 @@ def test_rows_that_begin_alike_come_into_one_batch() -> None:
 def test_passes_hold_so_many_rows_and_tokens_and_each_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     for most in (1, 23, 61, 5000):
-        monkeypatch.setattr("foreword.data.TOKENS_AT_ONCE", most)
+        monkeypatch.setattr("foreword.batching.TOKENS_AT_ONCE", most)
         for rows_at_once in (1, 3, 50):
             rows = [Row([7] * rng.randint(1, 30), [8] * rng.randint(1, 9)) for _ in range(47)]
             made = passes(rows, rows_at_once)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from foreword.attach import attach
-from foreword.data import Row, collate
+from foreword.batching import collate
+from foreword.data import Row
 from foreword.limit import Work, product_rate
 from foreword.loss import forward_loss
 from foreword.reparam import trainable_prefix

@@ -11,7 +11,8 @@ from tiny import BUILDERS, tiny_model, tiny_tokenizer
 from foreword import loss
 from foreword.attach import attach
 from foreword.bases import Base
-from foreword.data import Batch, collate, rows_of
+from foreword.batching import Batch, collate
+from foreword.data import rows_of
 from foreword.loss import forward_loss, token_losses
 from foreword.prefix import Framing
 from foreword.reparam import trainable_prefix

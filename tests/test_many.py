@@ -208,7 +208,7 @@ def test_no_more_rows_than_asked_go_through_the_base_at_once(tmp_path: Path, mon
 
 def test_long_rows_go_through_the_base_with_fewer_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, seen = fresh_base(dtype=torch.float64), []
-    monkeypatch.setattr("foreword.data.TOKENS_AT_ONCE", 31)
+    monkeypatch.setattr("foreword.batching.TOKENS_AT_ONCE", 31)
     base.model.transformer.wte.register_forward_hook(lambda m, i, o: seen.append(o.shape[:2].numel()))
     rows = {**USERS, "long": [{"input": "x" * 40, "output": "y"}]}
     prefixes, _ = many(base, user_file(tmp_path / "u.jsonl", rows), settings=DIRECT, slots=3)

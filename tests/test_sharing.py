@@ -12,7 +12,8 @@ from torch import nn
 
 from foreword.attach import Stack, attach, section_shapes
 from foreword.bases import Base
-from foreword.data import Batch, Row, collate
+from foreword.batching import Batch, collate
+from foreword.data import Row
 from foreword.learner import checkpointing
 from foreword.loss import token_losses
 from foreword.sharing import Shared, common_starts

@@ -29,8 +29,9 @@ from transformers import DynamicCache
 
 from foreword.attach import Stack, attach
 from foreword.bases import Base
+from foreword.batching import batches, collate, likeness, passes_of
 from foreword.checkpoint import check_out, checkpoint_of
-from foreword.data import Row, batches, collate, likeness, rows_of
+from foreword.data import Row, rows_of
 from foreword.errors import DataError, SettingsError, TooLongError, TrainingError, WrongBaseError
 from foreword.learner import Learner, _start_tokens, make_trainable
 from foreword.learner import checkpointing as checkpointed
@@ -38,7 +39,7 @@ from foreword.limit import Work
 from foreword.loss import forward_loss, mean_loss
 from foreword.prefix import Card, Framing, Prefix
 from foreword.reparam import layers_of, matrices_of
-from foreword.training import TrainingProgress, TrainSettings, _Alone, attach_trainable, passes_of, train
+from foreword.training import TrainingProgress, TrainSettings, _Alone, attach_trainable, train
 from foreword.writing import _aside
 
 ROWS = [{"input": f"{n} plus {n}", "output": "ab" * n + "."} for n in (1, 4, 2, 7, 3, 5, 6)]
@@ -262,7 +263,7 @@ def test_a_batch_of_many_tokens_goes_through_the_base_in_passes(family: str, mon
     start, settings = own_prefix(base), settings_of(batch_size=len(ROWS), epochs=1, clip=0)
     seen: list[tuple[int, list[float], torch.Tensor]] = []
     for most in (4096, 40, 1):
-        monkeypatch.setattr("foreword.data.TOKENS_AT_ONCE", most)
+        monkeypatch.setattr("foreword.batching.TOKENS_AT_ONCE", most)
         losses: list[float] = []
         runs = 0
         with gradients(monkeypatch) as steps:
@@ -278,7 +279,7 @@ def test_a_batch_of_many_tokens_goes_through_the_base_in_passes(family: str, mon
 
 
 def test_a_gpu_has_its_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreword.data.TOKENS_AT_ONCE", 10)
+    monkeypatch.setattr("foreword.batching.TOKENS_AT_ONCE", 10)
     rows = [Row([7] * n, [8]) for n in (5, 1, 3)]
     of_cpu, of_gpu = (cast(Base, SimpleNamespace(device=torch.device(name))) for name in ("cpu", "cuda"))
     assert passes_of(of_cpu, rows) == [[rows[1], rows[2]], [rows[0]]]

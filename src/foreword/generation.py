@@ -27,7 +27,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from foreword.attach import Stack, attach, check_free, lock_of
-from foreword.data import check_fits, frame, pad
+from foreword.batching import pad
+from foreword.data import check_fits, frame
 from foreword.errors import SettingsError
 from foreword.prefix import Framing, Prefix, check_prefix
 from foreword.settings import GenerateSettings

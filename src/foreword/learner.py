@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreword.data import Record, Row, batches, likeness, rows_of, tokenize
+from foreword.batching import batches, likeness
+from foreword.data import Record, Row, rows_of, tokenize
 from foreword.errors import PrefixFileError, SettingsError, TrainingError
 from foreword.prefix import Card, Framing, Prefix, check_prefix
 from foreword.reparam import TrainablePrefix, trainable_prefix

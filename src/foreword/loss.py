@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreword.attach import Attachment
-from foreword.data import Batch, Row, collate, likeness
+from foreword.batching import Batch, collate, likeness
+from foreword.data import Row
 from foreword.recompute import without_activations
 from foreword.sharing import Shared
 

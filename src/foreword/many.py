@@ -26,7 +26,8 @@ import transformers
 from torch import nn
 
 from foreword.attach import Attachment, Stack, attach
-from foreword.data import Record, Row, collate, fields_of, passes
+from foreword.batching import collate, passes
+from foreword.data import Record, Row, fields_of
 from foreword.errors import (
     DataError,
     ForewordError,

@@ -28,8 +28,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from foreword.attach import Attachment, attach
 from foreword.attention import NAME
+from foreword.batching import collate, passes_of
 from foreword.checkpoint import check_out, checkpoint_of, read_checkpoint, write_checkpoint
-from foreword.data import Record, Row, collate, passes
+from foreword.data import Record
 from foreword.errors import SettingsError, TrainingError
 from foreword.learner import Learner, checkpointing, framing_for, init_name, make_trainable
 from foreword.limit import Work
@@ -268,13 +269,6 @@ def _gradients(
             parameter.grad = accelerator.reduce(gradient, "sum")
         total = accelerator.reduce(total, "sum")
     return total.item()
-
-
-def passes_of(base: Base, rows: Sequence[Row]) -> list[list[Row]]:
-    """A batch in as many passes as it takes: on a GPU one, whose memory is the batch size's to fill."""
-    if base.device.type != "cpu":
-        return [list(rows)]
-    return [[rows[i] for i in sorted(together)] for together in passes(rows, len(rows))]
 
 
 def _dev_loss(base: Base, attachment: Attachment, learner: Learner, accelerator: Accelerator | _Alone) -> float:

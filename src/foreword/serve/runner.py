@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
 
 from foreword.attach import attach
-from foreword.data import pad
+from foreword.batching import pad
 from foreword.prefix import Layer, Prefix
 from foreword.serve.cache import RunningCache
 from foreword.serve.slots import Slots
