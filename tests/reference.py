@@ -18,6 +18,7 @@ Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 ATTENTION = {
     r"transformer\.h\.(\d+)\.attn": "decoder",
+    r"gpt_neox\.layers\.(\d+)\.attention": "decoder",
     r"model\.(?:decoder\.)?layers\.(\d+)\.self_attn": "decoder",
     r"model\.encoder\.layers\.(\d+)\.self_attn": "encoder",
     r"model\.decoder\.layers\.(\d+)\.encoder_attn": "cross",

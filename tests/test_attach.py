@@ -15,11 +15,11 @@ from reference import attention_layers, logits_by_hand
 from tiny import CONTEXT, DECODER_ONLY, ENCODER_DECODER, PAD, random_prefix, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     DynamicCache,
     GPT2ForSequenceClassification,
     GPT2Model,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     PreTrainedModel,
 )
 
@@ -34,14 +34,16 @@ from foreword.prefix import Prefix
 from foreword.reparam import trainable_prefix
 
 ALL = (*DECODER_ONLY, *ENCODER_DECODER)
-FLOAT64_THROUGHOUT = ("gpt2", "opt", "bart")
+FLOAT64_THROUGHOUT = ("gpt2", "opt", "bart", "pegasus")
 """The other families compute their norms in float32 whatever the model's dtype."""
 WINDOWED = ("mistral", "gemma3")
 NO_DROPOUT: Mapping[str, dict[str, float]] = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "opt": {"dropout": 0.0},
     "bart": {"dropout": 0.0},
+    "pegasus": {"dropout": 0.0},
     "t5": {"dropout_rate": 0.0},
+    "mt5": {"dropout_rate": 0.0},
 }
 P = 5
 
@@ -300,7 +302,7 @@ def test_rows_of_one_batch_are_each_as_if_alone(
     """Prefixes of unequal lengths, one twice, and none; also as beams. `scores` 0 is the fused kernel."""
     monkeypatch.setattr(foreword.attention, "PRODUCTS_MAX_SCORES", scores)
     monkeypatch.setattr(foreword.attention, "BLOCK", block)
-    if family == "bart":
+    if family in ("bart", "pegasus"):
         side = "right"  # its own positions count padding on the left
     model = model64(family)
     prefixes = [random_prefix(model, length, seed=length) for length in (5, 2, 7)]
@@ -351,7 +353,7 @@ def test_states_and_logits_are_the_models_own(family: str) -> None:
     """After whatever the family does around its output layer."""
     config = {"gemma3": {"final_logit_softcapping": 3.0}, "t5": {"tie_word_embeddings": True}}
     model = fresh_model64(family, **config.get(family, {}))
-    if family == "bart":
+    if family in ("bart", "pegasus"):
         model.final_logits_bias.normal_()
     if family == "t5":
         assert model.config.scale_decoder_outputs
@@ -485,12 +487,16 @@ def test_generate_equals_computing_everything_anew(family: str, beams: int) -> N
     steps = 5
     # tied embeddings make a random Gemma repeat itself; transformers' T5 generates only with as many
     # encoder as decoder layers
-    config = {"gemma3": {"tie_word_embeddings": False}, "t5": {"num_decoder_layers": 2}}
+    config = {
+        "gemma3": {"tie_word_embeddings": False},
+        "t5": {"num_decoder_layers": 2},
+        "mt5": {"num_decoder_layers": 2},
+    }
     model = fresh_model64(family, **config.get(family, {}))
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     prefixes = [random_prefix(model, length, seed=length) for length in (5, 2)]
     rows = [1, -1, 0]
-    inputs = batch_of(family, lengths=[9, 3, 6], side="right" if family == "bart" else "left")
+    inputs = batch_of(family, lengths=[9, 3, 6], side="right" if family in ("bart", "pegasus") else "left")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         with attach(model, Stack.of(prefixes, device=model.device, dtype=model.dtype)) as attachment:
@@ -511,7 +517,11 @@ def test_generate_equals_computing_everything_anew(family: str, beams: int) -> N
 @pytest.mark.parametrize("family", ALL)
 def test_generate_takes_a_trainable_prefix_as_it_stands(family: str) -> None:
     """Also where generation calls the encoder by itself, before and after a step of training."""
-    config = {"gemma3": {"tie_word_embeddings": False}, "t5": {"num_decoder_layers": 2}}
+    config = {
+        "gemma3": {"tie_word_embeddings": False},
+        "t5": {"num_decoder_layers": 2},
+        "mt5": {"num_decoder_layers": 2},
+    }
     model = fresh_model64(family, **config.get(family, {}))
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     ids = random_ids(2, 7)
@@ -915,14 +925,9 @@ def test_the_models_own_attention_comes_back(implementation: str) -> None:
 
 
 def test_an_unsupported_family_is_refused() -> None:
-    config = GPTNeoXConfig(
-        vocab_size=11, hidden_size=14, num_hidden_layers=1, num_attention_heads=2, intermediate_size=7
-    )
-    model = GPTNeoXForCausalLM(config)
+    model = BloomForCausalLM(BloomConfig(vocab_size=11, hidden_size=14, n_layer=1, n_head=2))
     prefix = random_prefix(tiny_model("gpt2"), P)
-    with pytest.raises(
-        BaseLoadError, match=r"expected a base of one of the families gpt2, opt, llama, .*; got 'gpt_neox'"
-    ):
+    with pytest.raises(BaseLoadError, match=r"expected a base of one of the families gpt2, opt, .*, mt5; got 'bloom'"):
         attach(model, prefix)
 
 

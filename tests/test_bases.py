@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from tiny import BUILDERS, CONTEXT, EOS, PAD, base_of, tiny_model, tiny_tokenizer
+from tiny import BUILDERS, CONTEXT, ENCODER_DECODER, EOS, PAD, base_of, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GgufConfig, PreTrainedModel
 from transformers.utils import logging
@@ -64,8 +64,8 @@ def test_a_folder_loads_as_the_model_that_was_saved(family: str, tmp_path: Path)
     base = load_base(save(tmp_path, family, model), dtype="float32", device="cpu")
     assert type(base.model) is type(model)
     assert base.name == str(tmp_path)
-    assert base.is_encoder_decoder == (family in ("bart", "t5"))
-    assert base.context == (None if family == "t5" else CONTEXT)
+    assert base.is_encoder_decoder == (family in ENCODER_DECODER)
+    assert base.context == (None if family in ("t5", "mt5") else CONTEXT)
     assert (base.end_id, base.pad_id) == (EOS, PAD)
     assert (base.dtype, base.device) == (torch.float32, torch.device("cpu"))
     assert base.tokenizer("Zürich").input_ids == tiny_tokenizer(family)("Zürich").input_ids
@@ -111,6 +111,17 @@ def test_a_tokenizer_without_an_end_token() -> None:
     base.tokenizer.eos_token = None
     with pytest.raises(BaseLoadError, match=r"expected a tokenizer with an end token; that of 'tiny llama' has none"):
         _ = base.end_id
+
+
+def test_where_rotary_factors_change_the_context_ends() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 7, "long_factor": [3.0] * 7}
+    base = base_of("phi3", rope_parameters=rope, original_max_position_embeddings=33)
+    ids = torch.arange(7, 41)[None]
+    with torch.no_grad():
+        short, whole, beyond = (base.model(input_ids=ids[:, :n]).logits[:, :5] for n in (5, 33, 34))
+    torch.testing.assert_close(whole, short, rtol=0, atol=1e-4)
+    assert (beyond - short).abs().max() > 0.1, "one more token changes those before it"
+    assert base.context == 33
 
 
 # the fingerprint
@@ -170,6 +181,12 @@ T5_1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embedding
         ("t5", T5_1_1, T5_1_1 | {"scale_decoder_outputs": True}),
         ("qwen3", SLIDING | {"max_window_layers": 0}, SLIDING | {"max_window_layers": 3}),
         ("gemma3", {"layer_types": ["sliding_attention"] * 3}, {"layer_types": ["full_attention"] * 3}),
+        ("smollm3", {}, {"no_rope_layer_interval": 3}),
+        ("gpt_neox", {}, {"use_parallel_residual": False}),
+        ("gpt_neox", {}, {"layer_norm_eps": 1e-6}),
+        ("phi3", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.3}}),
+        ("pegasus", {}, {"scale_embedding": True}),
+        ("mt5", {}, {"feed_forward_proj": "gated-silu"}),
         ("llama", DYNAMIC, DYNAMIC | {"max_position_embeddings": 17}),
         ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
         ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"truncate": False}}),
@@ -368,7 +385,7 @@ def test_a_broken_configuration(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["bert", "gemma3", "a-family-of-tomorrow", None])
 def test_another_family_is_refused_before_its_weights_are_looked_for(model_type: str | None, tmp_path: Path) -> None:
     configure(tmp_path, **(BertConfig().to_dict() | {"model_type": model_type}))
-    refused(tmp_path, rf"one of the families gpt2, opt, llama, .*, t5; '.*' is of {model_type!r}")
+    refused(tmp_path, rf"one of the families gpt2, opt, .*, mt5; '.*' is of {model_type!r}")
 
 
 def test_another_family_is_refused_when_a_base_is_made_by_hand() -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from foreword.recompute import without_activations
 
-GATED = ("llama", "mistral", "qwen3", "gemma3")
+GATED = ("llama", "mistral", "qwen3", "gemma3", "smollm3", "qwen2", "phi3", "olmo2", "mt5")
 
 
 def gradient(model: PreTrainedModel, *, less: bool) -> tuple[int, torch.Tensor]:
@@ -25,7 +25,7 @@ def gradient(model: PreTrainedModel, *, less: bool) -> tuple[int, torch.Tensor]:
         nonlocal calls
         calls += 1
 
-    acts = [m for name, m in model.named_modules() if name.endswith((".act_fn", ".act"))]
+    acts = [m for name, m in model.named_modules() if name.endswith((".act_fn", ".act", ".activation_fn"))]
     handles = [module.register_forward_hook(count) for module in acts]
     inputs = {"inputs_embeds": weight[torch.arange(7, 21).view(2, 7)] + learner}
     if model.config.is_encoder_decoder:

@@ -629,6 +629,7 @@ def test_who_sends_forever(tmp_path: Path, method: str, path: str, said: str) ->
             answer = own.makefile("rb").read().decode()
         assert answer.startswith("HTTP/1.1 408 ")
         assert "expected the whole request within 1 s; send it faster" in answer
+        assert "connection: close" in answer.lower(), "uvicorn would keep it for 5 s"
         world.engine.open.clear()
         assert world.complete(client).status_code == 504
 
@@ -1192,7 +1193,7 @@ def test_what_is_wrong_in_a_field_of_several_kinds(
         {"prompt": [[-1] * 1000] * 100},
         {"prompt": [1.5, *["x"] * 1000]},
         {"stop": [""] * 1000},
-        {"record": {str(i): None for i in range(1000)}},
+        {"record": {str(i): i for i in range(1000)}},
         {"record": {str(i): [] for i in range(100)}},
         {"logit_bias": {str(i): "x" for i in range(1000)}},
         {str(i): i for i in range(1000)},
@@ -1207,7 +1208,7 @@ def test_of_many_errors_few_are_looked_for(more: dict[str, Any]) -> None:
     kind = ChatRequest if "messages" in more else CompletionRequest
     with pytest.raises(ValidationError) as caught:
         kind.model_validate({"model": BASE, **({"prompt": "x"} if kind is CompletionRequest else {}), **more})
-    assert caught.value.error_count() <= (300 if len(more.get("record", ())) == 100 else 8)
+    assert caught.value.error_count() <= 8
 
 
 def test_what_cannot_fit_is_not_tokenized(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

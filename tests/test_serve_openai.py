@@ -202,11 +202,11 @@ def test_framing(world: World, client: openai.OpenAI) -> None:
     assert ask(ids, "Zoë / 7") == world.alone(text, "Zoë / 7", framing=raw)
     assert ask([ids, ids], "plain") == world.alone(text, "plain", framing=raw)
     record = {"name": "Fox", "price": 12}
-    assert ask(text, "told", record=record) == world.alone({"input": text, **record}, "told")
+    assert ask(text, "told", record={**record, "size": None}) == world.alone({"input": text, **record}, "told")
     assert ask(text, "chatty") == world.alone(text, "chatty")
     for more, message in [
         ({}, "expected text in the column 'name'"),
-        ({"record": {"name": "Fox"}}, "expected text in the column 'price'"),
+        ({"record": {"name": "Fox", "price": None}}, "expected text in the column 'price'"),
         ({"record": record, "frame": False}, "expected a record only where a prefix's template frames it"),
     ]:
         with pytest.raises(openai.BadRequestError, match=message):
@@ -406,6 +406,10 @@ def test_chat_is_refused(world: World, client: openai.OpenAI) -> None:
         ({"prompt": "x" * 127, "max_tokens": 1}, "expected at most 131 positions"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": 5}, "stop: expected a text or a list of texts"),
+        ({"extra_body": {"record": {"a": [1]}}}, "record: expected a text or a number in each column"),
+        ({"extra_body": {"record": {"a": True}}}, "record: expected a text or a number in each column"),
+        ({"extra_body": {"record": dict.fromkeys(map(str, range(101)), 1)}}, "record: expected at most 100 columns; got 101"),
         ({"presence_penalty": 0.5}, "presence_penalty: "),
         ({"echo": True}, "echo: "),
         ({"max_tokens": "3"}, "max_tokens: Input should be a valid integer"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from serving import ENDS, copy_of, make_base, prefix_for, reference_base
-from tiny import DECODER_ONLY, ENCODER_DECODER
+from tiny import MAIN
 
 from foreword.bases import Base
 from foreword.data import frame
@@ -17,8 +17,6 @@ from foreword.prefix import Framing, Prefix
 from foreword.serve.cache import RunningCache
 from foreword.serve.runner import Row, Runner
 from foreword.serve.slots import Slots
-
-ALL = (*DECODER_ONLY, *ENCODER_DECODER)
 
 
 def rows_of(base: Base, prefixes: Sequence[Prefix | None], count: int, seed: int) -> list[tuple[str, Row]]:
@@ -43,7 +41,7 @@ def choose(runner: Runner, rows: Sequence[Row], logits: torch.Tensor, limit: int
     return ended
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", MAIN)
 def test_rows_come_and_go(family: str) -> None:
     reference = reference_base(family)
     base = copy_of(reference)

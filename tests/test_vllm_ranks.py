@@ -1,4 +1,4 @@
-"""The engine `vllm` on two ranks, on another family, at its end, and what it refuses before it starts."""
+"""The engine `vllm` on two ranks, on other families, at its end, and what it refuses before it starts."""
 
 from __future__ import annotations
 
@@ -63,6 +63,12 @@ def test_gpt2_and_the_engines_end(tmp_path: Path) -> None:
             await one.engine.stop(0)
 
         one.run(work())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "olmo2", "smollm3", "gpt_neox"])
+def test_another_family(family: str, tmp_path: Path) -> None:
+    with harness(tmp_path, family) as one:
+        one.check(ROWS, distinct=0.7)
 
 
 def test_a_base_without_its_weights(tmp_path: Path) -> None:

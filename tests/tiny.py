@@ -15,16 +15,30 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -49,6 +63,10 @@ _grouped: dict[str, Any] = {
     "max_position_embeddings": CONTEXT,
     **_ids,
 }
+
+
+_PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.6}
+"""Of a head's 14 numbers, 8 are turned."""
 
 
 def _gpt2(**more: Any) -> PreTrainedModel:
@@ -97,40 +115,69 @@ def _gemma3(**more: Any) -> PreTrainedModel:
     )
 
 
+def _gpt_neox(**more: Any) -> PreTrainedModel:
+    sizes: dict[str, Any] = {"hidden_size": 5 * 14, "intermediate_size": 37, "max_position_embeddings": CONTEXT}
+    heads: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 5, "rope_parameters": _PARTIAL}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**sizes, **heads, **_ids, **more}))
+
+
+def _smollm3(**more: Any) -> PreTrainedModel:
+    return SmolLM3ForCausalLM(SmolLM3Config(**{**_grouped, "no_rope_layer_interval": 2, **more}))
+
+
+def _qwen2(**more: Any) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**{**_grouped, **more}))
+
+
+def _phi3(**more: Any) -> PreTrainedModel:
+    return Phi3ForCausalLM(Phi3Config(**{**_grouped, "rope_parameters": _PARTIAL, **more}))
+
+
+def _olmo2(**more: Any) -> PreTrainedModel:
+    return Olmo2ForCausalLM(Olmo2Config(**{**_grouped, **more}))
+
+
+_bart_sizes: dict[str, Any] = {
+    "d_model": 6 * 14,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 37,
+    "decoder_ffn_dim": 41,
+    "max_position_embeddings": CONTEXT,
+    "decoder_start_token_id": EOS,
+    "forced_eos_token_id": EOS,
+    **_ids,
+}
+_t5_sizes: dict[str, Any] = {
+    "d_model": 5 * 14,
+    "d_kv": 11,
+    "d_ff": 37,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 5,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 19,
+    "decoder_start_token_id": PAD,
+    **_ids,
+}
+
+
 def _bart(**more: Any) -> PreTrainedModel:
-    return BartForConditionalGeneration(
-        BartConfig(
-            d_model=6 * 14,
-            encoder_layers=2,
-            decoder_layers=3,
-            encoder_attention_heads=3,
-            decoder_attention_heads=6,
-            encoder_ffn_dim=37,
-            decoder_ffn_dim=41,
-            max_position_embeddings=CONTEXT,
-            decoder_start_token_id=EOS,
-            forced_eos_token_id=EOS,
-            **_ids,
-            **more,
-        )
-    )
+    return BartForConditionalGeneration(BartConfig(**{**_bart_sizes, **more}))
+
+
+def _pegasus(**more: Any) -> PreTrainedModel:
+    return PegasusForConditionalGeneration(PegasusConfig(**{**_bart_sizes, **more}))
 
 
 def _t5(**more: Any) -> PreTrainedModel:
-    return T5ForConditionalGeneration(
-        T5Config(
-            d_model=5 * 14,
-            d_kv=11,
-            d_ff=37,
-            num_layers=2,
-            num_heads=5,
-            relative_attention_num_buckets=8,
-            relative_attention_max_distance=19,
-            decoder_start_token_id=PAD,
-            **_ids,
-            **{"num_decoder_layers": 3, **more},
-        )
-    )
+    return T5ForConditionalGeneration(T5Config(**{**_t5_sizes, **more}))
+
+
+def _mt5(**more: Any) -> PreTrainedModel:
+    return MT5ForConditionalGeneration(MT5Config(**{**_t5_sizes, **more}))
 
 
 BUILDERS = {
@@ -142,9 +189,19 @@ BUILDERS = {
     "gemma3": _gemma3,
     "bart": _bart,
     "t5": _t5,
+    "gpt_neox": _gpt_neox,
+    "smollm3": _smollm3,
+    "qwen2": _qwen2,
+    "phi3": _phi3,
+    "olmo2": _olmo2,
+    "pegasus": _pegasus,
+    "mt5": _mt5,
 }
-DECODER_ONLY = ("gpt2", "opt", "llama", "mistral", "qwen3", "gemma3")
-ENCODER_DECODER = ("bart", "t5")
+"""By family."""
+MAIN = ("gpt2", "opt", "llama", "mistral", "qwen3", "gemma3", "bart", "t5")
+"""Families for tests that take long; the others take the same ways through our code as one of these."""
+DECODER_ONLY = ("gpt2", "opt", "llama", "mistral", "qwen3", "gemma3", "gpt_neox", "smollm3", "qwen2", "phi3", "olmo2")
+ENCODER_DECODER = ("bart", "t5", "pegasus", "mt5")
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
@@ -192,6 +249,8 @@ def tiny_tokenizer(family: str = "gpt2") -> PreTrainedTokenizerFast:
         "gemma3": "<s> $A",
         "bart": "<s> $A </s>",
         "t5": "$A </s>",
+        "pegasus": "$A </s>",
+        "mt5": "$A </s>",
     }
     if family in frame:
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -50,6 +50,11 @@ _GROUPED: dict[str, Any] = {
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": _GROUPED,
+    "qwen2": _GROUPED,
+    "phi3": _GROUPED,
+    "olmo2": _GROUPED,
+    "smollm3": _GROUPED,
+    "gpt_neox": {"hidden_size": 3 * 32, "num_attention_heads": 3, "max_position_embeddings": CONTEXT},
     "gpt2": {"n_embd": 3 * 32, "n_layer": 2, "n_head": 3, "n_positions": CONTEXT},
 }
 """Of tiny bases that vLLM can compute."""

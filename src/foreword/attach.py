@@ -49,12 +49,19 @@ _T5 = {
 FAMILIES: Mapping[str, Mapping[str, str]] = {
     "gpt2": {"decoder": "transformer.h.*.attn"},
     "opt": {"decoder": "model.decoder.layers.*.self_attn"},
+    "gpt_neox": {"decoder": "gpt_neox.layers.*.attention"},
     "llama": _CAUSAL,
     "mistral": _CAUSAL,
+    "smollm3": _CAUSAL,
+    "qwen2": _CAUSAL,
     "qwen3": _CAUSAL,
     "gemma3_text": _CAUSAL,
+    "phi3": _CAUSAL,
+    "olmo2": _CAUSAL,
     "bart": _BART,
+    "pegasus": _BART,
     "t5": _T5,
+    "mt5": _T5,
 }
 """For each supported `config.model_type`, where the attention layers of each section are; `*` is the layer's number."""
 
@@ -89,11 +96,18 @@ def section_shapes(model: PreTrainedModel) -> dict[str, list[tuple[int, int]]]:
     """For each section, (G, D) of each layer: its number of key/value heads and its head dimension."""
 
     def shape(module: Any) -> tuple[int, int]:
-        dim = module.key_value_proj_dim if hasattr(module, "key_value_proj_dim") else module.head_dim
-        projection = next((getattr(module, name) for name in ("k_proj", "k") if hasattr(module, name)), None)
-        return (module.num_heads if projection is None else projection.out_features // dim), dim
+        dim = _first(module, "key_value_proj_dim", "head_dim", "head_size")
+        projection = _first(module, "k_proj", "k")
+        if projection is not None:
+            return projection.out_features // dim, dim
+        # one projection makes queries, keys and values
+        return _first(module, "num_key_value_heads", "num_heads") or module.config.num_attention_heads, dim
 
     return {section: [shape(module) for module in modules] for section, modules in sections_of(model).items()}
+
+
+def _first(module: Any, *names: str) -> Any:
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()

@@ -55,8 +55,8 @@ _TOLD = (
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "attn_logit_softcapping"),
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
     *("activation_function", "hidden_act", "hidden_activation", "feed_forward_proj"),
-    *("rms_norm_eps", "layer_norm_epsilon", "do_layer_norm_before", "scale_embedding"),
-    "final_logit_softcapping",
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "do_layer_norm_before", "scale_embedding"),
+    *("final_logit_softcapping", "no_rope_layers", "use_parallel_residual"),
 )
 """Configuration values that change what a base computes, and that the shapes of its weights don't show."""
 
@@ -154,8 +154,15 @@ class Base:
 
     @property
     def context(self) -> int | None:
-        """The most positions, P included in a decoder-only base; None where they are relative (T5)."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """The most positions, P included in a decoder-only base; None where they are relative (T5).
+
+        With rotary factors of two kinds (`longrope`), those of the first: beyond, one long row would change the others.
+        """
+        config = self.model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return int(rope["original_max_position_embeddings"])
+        return getattr(config, "max_position_embeddings", None)
 
     @property
     def end_id(self) -> int:

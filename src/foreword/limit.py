@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Work", "peak_memory", "product_rate", "synchronize"]
 
-_OUTPUTS = ("o_proj", "out_proj", "c_proj", "o")
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "o")
 """What the families call the projection that follows attention."""
 
 _OF_X = ("k_proj", "v_proj", "k", "v")
@@ -73,10 +73,12 @@ class Work:
                 if name in _OF_X
                 for p in child.parameters()
             }
+        # GPT-NeoX's first MLP is not after attention, but beside it
+        beside = getattr(model.config, "use_parallel_residual", False)
         self._of_x = self._of_y = 0
         for name, parameter in _weights(base).items():
             # a multiplication and an addition, forward, and backward
-            below = id(parameter) in first or "project_in" in name
+            below = id(parameter) in first or "project_in" in name or (beside and ".layers.0.mlp." in name)
             needed = parameter.numel() * 2 * (1 if below else 2)
             if id(parameter) in of_x:
                 self._of_x += needed

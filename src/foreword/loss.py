@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreword.attach import Attachment
-from foreword.batching import Batch, collate, likeness
+from foreword.batching import Batch, collate, likeness, passes_of
 from foreword.data import Row
 from foreword.recompute import without_activations
 from foreword.sharing import Shared
@@ -68,8 +68,8 @@ def mean_loss(
     key = likeness(base)
     order = sorted(range(len(rows)), key=lambda i: key(rows[i]))
     for start in range(0, len(order), batch_size):
-        batch = collate(base, [rows[i] for i in order[start : start + batch_size]])
-        total += forward_loss(base, attachment, batch, infix=infix).item()
+        for together in passes_of(base, [rows[i] for i in order[start : start + batch_size]]):
+            total += forward_loss(base, attachment, collate(base, together), infix=infix).item()
     return total / sum(len(row.y) for row in rows)
 
 

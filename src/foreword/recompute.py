@@ -59,5 +59,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _activations(model: nn.Module) -> list[nn.Module]:
-    """The modules that transformers' gated MLPs call `act_fn` or `act`."""
-    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in ("act_fn", "act")]
+    """The modules that transformers' MLPs call so."""
+    names = ("act_fn", "act", "activation_fn")
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]

@@ -129,7 +129,8 @@ class Bounded:
                     message = await receive()
             except TimeoutError:
                 seconds = self.service.settings.timeout
-                raise HTTPException(408, f"expected the whole request within {seconds:g} s; send it faster") from None
+                said = f"expected the whole request within {seconds:g} s; send it faster"
+                raise HTTPException(408, said, {"connection": "close"}) from None
             if not message.get("more_body"):
                 # from here on it is awaited that the client goes
                 deadline = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 __all__ = ["KINDS", "ChatRequest", "CompletionRequest"]
 
@@ -53,13 +54,20 @@ def _one_of(*kinds: str) -> Discriminator:
 
 
 def _listed(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise PydanticCustomError("kind", f"expected {TEXT} or {TEXTS}")
     return [value] if isinstance(value, str) else value
 
 
-def _few(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MAX_COLUMNS:
-        raise ValueError(f"expected at most {MAX_COLUMNS} columns; got {len(value)}")
-    return value
+def _columns(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    set_ = {name: one for name, one in value.items() if one is not None}
+    if len(set_) > MAX_COLUMNS:
+        raise PydanticCustomError("columns", f"expected at most {MAX_COLUMNS} columns; got {len(set_)}")
+    if any(isinstance(one, bool) or not isinstance(one, str | int | float) for one in set_.values()):
+        raise PydanticCustomError("columns", "expected a text or a number in each column")
+    return set_
 
 
 class _Given(BaseModel):
@@ -141,7 +149,7 @@ class CompletionRequest(_Shared):
         True,
         description="foreword's own: whether the prompt is framed by the prefix's template; false takes it as it is.",
     )
-    record: Annotated[dict[str, str | int | float], BeforeValidator(_few)] | None = Field(
+    record: Annotated[dict[str, str | int | float], BeforeValidator(_columns)] | None = Field(
         None, description="foreword's own: columns that the prefix's template names, beside `input`, the prompt."
     )
 
