@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import foreword
+from benchmarks import shapes
 from benchmarks.peft_side import peft_batch, peft_model
 from benchmarks.record import machine, write_json
 from benchmarks.users_help import team_rows
@@ -60,7 +61,7 @@ class EnoughError(Exception):
 
 
 def load(options: argparse.Namespace) -> Base:
-    return foreword.load_base(options.base, dtype=options.dtype, device=options.device)
+    return shapes.load(options.base, dtype=options.dtype, device=options.device)
 
 
 def framing_of(options: argparse.Namespace) -> Framing:

@@ -3,6 +3,7 @@
     python -m benchmarks.train_speed --quick                                  # the headline row, in three minutes
     python -m benchmarks.train_speed --json benchmarks/results/train_speed.json
     python -m benchmarks.train_speed --device cuda --dtypes bfloat16 --json benchmarks/results/train_speed-cuda.json
+    python -m benchmarks.train_speed --device cuda --dtypes bfloat16 --base llama-1b-shaped --json benchmarks/results/train_speed-cuda-1b.json
 
 Each row of the grid is a `benchmarks.train_vs_peft`; see there for what the sides and the figures are. A JSON file that is
 there already is gone on from; a row of other settings, sides or device is another row. E2E rows have about 60 tokens; long ones are summarization rows, 512 tokens at most.
@@ -26,7 +27,7 @@ HEADLINE = {"rows": "e2e", "batch": 16, "length": 10, "dtype": "bfloat16"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--base", default="smollm2-135m", help="as load_base takes it, or one of benchmarks.shapes")
     parser.add_argument("--device")
     parser.add_argument("--rows", nargs="+", default=["e2e", "long"])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 4, 64])

@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_vs_peft --dtype bfloat16
     python -m benchmarks.train_vs_peft --dtype float32 --json benchmarks/results/train_vs_peft-float32.json
+    python -m benchmarks.train_vs_peft --base llama-1b-shaped --rounds 1 --json benchmarks/results/train_vs_peft-1b.json
 
 Sides: `foreword`; `peft`, as its documentation has it (forward with labels, shuffled batches padded to the longest,
 default attention); `peft-eager` and `peft-sdpa`, with that attention and batches by length, the faster of which is PEFT
@@ -30,7 +31,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import foreword
+from benchmarks import shapes
 from benchmarks.e2e_rows import DATA, e2e_split
 from benchmarks.record import machine, write_json
 from foreword.attach import attach
@@ -73,6 +74,10 @@ def step_of(side: str, base: Base, length: int, rows: list[Row], kind: Reparamet
                 (forward_loss(base, attachment, collate(base, together)) / count).backward()
 
         return _step(list(trainable.parameters()), ours)
+    if base.is_encoder_decoder:
+        raise SystemExit(
+            f"expected a decoder-only base on the side {side}; {base.name!r} has an encoder: --sides foreword"
+        )
     from benchmarks.peft_side import peft_batch, peft_model
 
     if side == "full":
@@ -115,7 +120,7 @@ def plan(base: Base, side: str, rows: list[Row], batch: int) -> Iterator[list[in
 def run_side(options: argparse.Namespace) -> dict[str, float]:
     """One side's measurement: what its process prints."""
     torch.manual_seed(0)
-    base = foreword.load_base(options.base, dtype=options.dtype, device=options.device)
+    base = shapes.load(options.base, dtype=options.dtype, device=options.device)
     rows = rows_named(base, options.rows, options.length, options.count)
     loaded = peak_memory(base)
     step = step_of(options.side, base, options.length, rows, options.reparametrization)
@@ -170,7 +175,7 @@ COLUMNS = (
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--base", default="smollm2-135m", help="as load_base takes it, or one of benchmarks.shapes")
     parser.add_argument("--rows", choices=("e2e", "long"), default="e2e")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=10)

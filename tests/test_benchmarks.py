@@ -23,7 +23,7 @@ import benchmarks.bart
 import benchmarks.report
 import benchmarks.study
 import foreword
-from benchmarks import train_speed, train_vs_peft, users_help
+from benchmarks import shapes, train_speed, train_vs_peft, users_help
 from benchmarks.bart import BOS, EOS, MASK, corrupt, pretrain
 from benchmarks.methods import GRIDS, METHODS, WARMUP, Options, attached_texts, fit
 from benchmarks.paper.command import options_of
@@ -625,6 +625,28 @@ def test_the_papers_rows_are_apart(name: str, data_folder: Path) -> None:
 
 
 # benchmarks that are not studies
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_a_base_of_a_shape_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = base_of("llama", dtype=torch.bfloat16)
+    monkeypatch.setattr(foreword, "load_base", lambda *_, **__: small)
+    kind, sizes = shapes.SHAPES[name]
+    # the same proportions, but for the heads, which are as many
+    least = {key: size // 16 if size >= 512 else size for key, size in sizes.items()}
+    monkeypatch.setitem(shapes.SHAPES, name, (kind, least))
+    base = shapes.load(name, dtype="bfloat16")
+    assert (base.name, base.dtype, base.tokenizer) == (name, torch.bfloat16, small.tokenizer)
+    assert len(base.embeddings) == len(small.embeddings)
+    assert (base.pad_id, base.end_id) == (small.pad_id, small.end_id)
+    rows = rows_of(base, RECORDS, Framing(), length=3)
+    step = train_vs_peft.step_of("foreword", base, 3, rows, "direct")
+    before = base.model.get_parameter("foreword.p_theta.decoder").clone()
+    step(rows[:3])
+    if base.is_encoder_decoder:
+        with pytest.raises(SystemExit, match=f"decoder-only base on the side full; '{name}' has an encoder"):
+            train_vs_peft.step_of("full", base, 3, rows, "direct")
+    assert not torch.equal(base.model.get_parameter("foreword.p_theta.decoder"), before)
 
 
 def test_a_row_of_train_speed_is_told_by_all_that_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
