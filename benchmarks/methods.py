@@ -30,11 +30,12 @@ from peft import LoraConfig, PromptTuningConfig, PromptTuningInit, TaskType, get
 from transformers import GenerationConfig
 
 from benchmarks.peft_side import peft_batch, peft_model, peft_prefix
-from foreword.attach import FAMILIES, Attachment, attach
+from foreword.attach import Attachment, attach
 from foreword.attention import Mask
 from foreword.bases import Base
 from foreword.batching import batches, collate, likeness, pad
 from foreword.data import Row, frame
+from foreword.families import FAMILIES
 from foreword.generation import end_ids
 from foreword.learner import make_trainable, share_at
 from foreword.loss import forward_loss

@@ -25,11 +25,12 @@ from transformers import (
 
 import foreword.attach
 import foreword.attention
-from foreword.attach import FAMILIES, Stack, attach, section_shapes
+from foreword.attach import Stack, attach
 from foreword.attention import Mask
 from foreword.bases import Base
 from foreword.capture import capture
 from foreword.errors import BaseLoadError, SettingsError, WrongBaseError
+from foreword.families import FAMILIES, section_shapes
 from foreword.prefix import Prefix
 from foreword.reparam import trainable_prefix
 
@@ -45,6 +46,13 @@ NO_DROPOUT: Mapping[str, dict[str, float]] = {
     "t5": {"dropout_rate": 0.0},
     "mt5": {"dropout_rate": 0.0},
 }
+OF_BART = ("bart", "pegasus")
+GENERATING: Mapping[str, dict[str, Any]] = {
+    "gemma3": {"tie_word_embeddings": False},
+    "t5": {"num_decoder_layers": 2},
+    "mt5": {"num_decoder_layers": 2},
+}
+"""Tied embeddings make a random Gemma repeat itself; transformers' T5 generates only with as many encoder as decoder layers."""
 P = 5
 
 
@@ -302,7 +310,7 @@ def test_rows_of_one_batch_are_each_as_if_alone(
     """Prefixes of unequal lengths, one twice, and none; also as beams. `scores` 0 is the fused kernel."""
     monkeypatch.setattr(foreword.attention, "PRODUCTS_MAX_SCORES", scores)
     monkeypatch.setattr(foreword.attention, "BLOCK", block)
-    if family in ("bart", "pegasus"):
+    if family in OF_BART:
         side = "right"  # its own positions count padding on the left
     model = model64(family)
     prefixes = [random_prefix(model, length, seed=length) for length in (5, 2, 7)]
@@ -353,7 +361,7 @@ def test_states_and_logits_are_the_models_own(family: str) -> None:
     """After whatever the family does around its output layer."""
     config = {"gemma3": {"final_logit_softcapping": 3.0}, "t5": {"tie_word_embeddings": True}}
     model = fresh_model64(family, **config.get(family, {}))
-    if family in ("bart", "pegasus"):
+    if family in OF_BART:
         model.final_logits_bias.normal_()
     if family == "t5":
         assert model.config.scale_decoder_outputs
@@ -485,18 +493,11 @@ def beam_search(model: PreTrainedModel, alone: dict[str, torch.Tensor], beams: i
 def test_generate_equals_computing_everything_anew(family: str, beams: int) -> None:
     """transformers' own `generate`, rows padded, of different prefixes or none, against a row at a time."""
     steps = 5
-    # tied embeddings make a random Gemma repeat itself; transformers' T5 generates only with as many
-    # encoder as decoder layers
-    config = {
-        "gemma3": {"tie_word_embeddings": False},
-        "t5": {"num_decoder_layers": 2},
-        "mt5": {"num_decoder_layers": 2},
-    }
-    model = fresh_model64(family, **config.get(family, {}))
+    model = fresh_model64(family, **GENERATING.get(family, {}))
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     prefixes = [random_prefix(model, length, seed=length) for length in (5, 2)]
     rows = [1, -1, 0]
-    inputs = batch_of(family, lengths=[9, 3, 6], side="right" if family in ("bart", "pegasus") else "left")
+    inputs = batch_of(family, lengths=[9, 3, 6], side="right" if family in OF_BART else "left")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         with attach(model, Stack.of(prefixes, device=model.device, dtype=model.dtype)) as attachment:
@@ -517,12 +518,7 @@ def test_generate_equals_computing_everything_anew(family: str, beams: int) -> N
 @pytest.mark.parametrize("family", ALL)
 def test_generate_takes_a_trainable_prefix_as_it_stands(family: str) -> None:
     """Also where generation calls the encoder by itself, before and after a step of training."""
-    config = {
-        "gemma3": {"tie_word_embeddings": False},
-        "t5": {"num_decoder_layers": 2},
-        "mt5": {"num_decoder_layers": 2},
-    }
-    model = fresh_model64(family, **config.get(family, {}))
+    model = fresh_model64(family, **GENERATING.get(family, {}))
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     ids = random_ids(2, 7)
     prefixes = [random_prefix(model, P, seed=seed) for seed in (3, 4)]

@@ -20,12 +20,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
-from foreword.attach import Stack, attach, section_shapes
+from foreword.attach import Stack, attach
 from foreword.bases import Base, cache_folder, load_base
 from foreword.batching import collate
 from foreword.builtin import BUILT_IN, BuiltIn, download
 from foreword.data import Row
 from foreword.errors import BaseLoadError, MissingExtraError, SettingsError
+from foreword.families import section_shapes
 from foreword.generation import GenerateSettings, generate
 
 FAMILIES = pytest.mark.parametrize("family", BUILDERS)

@@ -54,7 +54,7 @@ def test_losses_and_gradients_are_cross_entropys(
             trainable.zero_grad()
     assert len(batch.labels) > 7
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5 if family == "olmo2" else 1e-6)
 
 
 def test_few_logits_are_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

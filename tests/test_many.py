@@ -678,15 +678,13 @@ def test_a_step_computes_each_prefix_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_damaged_prefix_is_trained_anew(tmp_path: Path) -> None:
     store, data = Store(tmp_path / "store", create=True), user_file(tmp_path / "u.jsonl", USERS, order=["ann", "bob"])
-    run(store, data)
-    before = store.get("ann")
+    # one at a time: who is in the batch beside her would change the rounding
+    run(store, data, slots=1)
+    before = content(store.get("ann"))
     (file,) = (path for path in tmp_path.rglob("*.safetensors") if store.newest("ann").sha256 in path.name)
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    assert {report.user: report.skipped for report in run(store, data)} == {"ann": False, "bob": True}
-    # nobody is in the batch beside her now, which changes the rounding
-    again = store.get("ann")
-    torch.testing.assert_close(matrices_of(again), matrices_of(before), rtol=0.01, atol=1e-4)
-    assert again.card.training == before.card.training
+    assert {report.user: report.skipped for report in run(store, data, slots=1)} == {"ann": False, "bob": True}
+    assert content(store.get("ann")) == before
 
 
 # what is refused

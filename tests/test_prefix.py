@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import base_of, random_prefix, tiny_model
 
-from foreword.attach import section_shapes
 from foreword.errors import ForewordError, PrefixFileError, SettingsError, WrongBaseError
+from foreword.families import section_shapes
 from foreword.prefix import FORMAT, Card, Framing, Layer, Prefix
 from foreword.writing import check_file, remove_asides, write_atomically
 

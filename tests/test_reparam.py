@@ -223,7 +223,7 @@ def test_activations_are_each_sections_projections(family: str) -> None:
     assert list(found) == ["encoder", "decoder", "cross"]
     for section, shapes in base.shapes.items():
         parts = [seen[f"{section}{i}{kind}"][0] for i in range(len(shapes)) for kind in "kv"]
-        torch.testing.assert_close(found[section], torch.cat(parts, 1), rtol=0, atol=2e-5)
+        torch.testing.assert_close(found[section], torch.cat(parts, 1), rtol=0, atol=2e-5 if family == "mt5" else 1e-5)
     torch.testing.assert_close(activations(base, x, [], P), activations(base, x, x, P), rtol=0, atol=0)
 
 

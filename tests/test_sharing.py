@@ -10,10 +10,11 @@ import torch
 from tiny import DECODER_ONLY, base_of
 from torch import nn
 
-from foreword.attach import Stack, attach, section_shapes
+from foreword.attach import Stack, attach
 from foreword.bases import Base
 from foreword.batching import Batch, collate
 from foreword.data import Row
+from foreword.families import section_shapes
 from foreword.learner import checkpointing
 from foreword.loss import token_losses
 from foreword.sharing import Shared, common_starts

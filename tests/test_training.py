@@ -174,7 +174,7 @@ def test_loss_is_the_mean_over_y_tokens_and_transformers_own(family: str) -> Non
         for batch_size in (1, 3, 7):
             assert mean_loss(base, rows, attachment, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
     assert all(row.y[-1] == EOS for row in rows)
-    assert mean_loss_without_prefix(base, rows) != pytest.approx(expected, rel=1e-4)
+    assert mean_loss_without_prefix(base, rows) != pytest.approx(expected, rel=1e-4 if family == "pegasus" else 1e-3)
 
 
 def mean_loss_without_prefix(base: Base, rows: Any) -> float:
@@ -251,25 +251,27 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(monkeypatch: pytest.
         torch.testing.assert_close(other, gradient, rtol=1e-10, atol=1e-14)
 
 
+def counted(base: Base) -> list[None]:
+    """An entry for every forward pass from here on."""
+    runs: list[None] = []
+    base.model.register_forward_hook(lambda *_: runs.append(None))
+    return runs
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_a_batch_of_many_tokens_goes_through_the_base_in_passes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, runs = fresh_base(family, torch.float64), 0
-
-    def count(*_: object) -> None:
-        nonlocal runs
-        runs += 1
-
-    base.model.register_forward_hook(count)
+    base = fresh_base(family, torch.float64)
+    runs = counted(base)
     start, settings = own_prefix(base), settings_of(batch_size=len(ROWS), epochs=1, clip=0)
     seen: list[tuple[int, list[float], torch.Tensor]] = []
     for most in (4096, 40, 1):
         monkeypatch.setattr("foreword.batching.TOKENS_AT_ONCE", most)
         losses: list[float] = []
-        runs = 0
+        runs.clear()
         with gradients(monkeypatch) as steps:
             train(base, ROWS, init_from=start, settings=settings, on_step=lambda p, to=losses: to.append(p.loss))
         assert len(steps) == 1
-        seen.append((runs, losses, steps[0]))
+        seen.append((len(runs), losses, steps[0]))
     (whole, losses, gradient), (some, _, _), (each, _, _) = seen
     assert (whole, each) == (1, len(ROWS))
     assert 1 < some < len(ROWS)
@@ -280,20 +282,15 @@ def test_a_batch_of_many_tokens_goes_through_the_base_in_passes(family: str, mon
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_development_rows_go_through_the_base_in_passes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, runs = fresh_base(family, torch.float64), 0
-
-    def count(*_: object) -> None:
-        nonlocal runs
-        runs += 1
-
-    base.model.register_forward_hook(count)
+    base = fresh_base(family, torch.float64)
+    runs = counted(base)
     rows = rows_of(base, ROWS, Framing())
     with attach(base.model, own_prefix(base)) as attachment:
         whole = mean_loss(base, rows, attachment, batch_size=len(rows))
-        assert runs == 1
+        assert len(runs) == 1
         monkeypatch.setattr("foreword.batching.TOKENS_AT_ONCE", 1)
         assert mean_loss(base, rows, attachment, batch_size=len(rows)) == pytest.approx(whole, rel=1e-12)
-    assert runs == 1 + len(rows)
+    assert len(runs) == 1 + len(rows)
 
 
 def test_a_gpu_has_its_batch_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

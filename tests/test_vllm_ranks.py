@@ -68,7 +68,7 @@ def test_gpt2_and_the_engines_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "olmo2", "smollm3", "gpt_neox"])
 def test_another_family(family: str, tmp_path: Path) -> None:
     with harness(tmp_path, family) as one:
-        one.check(ROWS, distinct=0.7)
+        one.check(ROWS, distinct=0.7 if family == "gpt_neox" else 1)
 
 
 def test_a_base_without_its_weights(tmp_path: Path) -> None:

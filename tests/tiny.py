@@ -43,8 +43,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from foreword.attach import section_shapes
 from foreword.bases import Base
+from foreword.families import section_shapes
 from foreword.prefix import Card, Prefix
 
 VOCAB = 263

@@ -35,9 +35,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from foreword.attach import FAMILIES, section_shapes, sections_of
 from foreword.builtin import BUILT_IN, cache_folder, progress_bar
 from foreword.errors import BaseLoadError, ForewordError, MissingExtraError, SettingsError, one_line
+from foreword.families import FAMILIES, section_shapes, sections_of
 
 __all__ = ["DTYPES", "Base", "built_in_folder", "cache_folder", "load_base"]
 

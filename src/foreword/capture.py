@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from foreword.attach import lock_of, sections_of
+from foreword.attach import lock_of
 from foreword.attention import NAME, Mask
+from foreword.families import sections_of
 from foreword.prefix import Layer
 
 __all__ = ["capture"]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from foreword.attach import sections_of
 from foreword.data import Row
+from foreword.families import sections_of
 from foreword.sharing import common_starts
 
 if TYPE_CHECKING:

@@ -230,7 +230,7 @@ class Prefix:
 
     @property
     def shapes(self) -> dict[str, list[tuple[int, int]]]:
-        """For each section, (G, D) of each layer: what `foreword.attach.section_shapes` says of a base."""
+        """For each section, (G, D) of each layer: what `foreword.families.section_shapes` says of a base."""
         return {
             section: [(keys.shape[0], keys.shape[2]) for keys, _ in layers] for section, layers in self.sections.items()
         }
