@@ -75,6 +75,7 @@ def logits_by_hand(
         scaling: float | None = None,
         position_bias: torch.Tensor | None = None,
         sliding_window: int | None = None,
+        softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         section, i = layers[module]
@@ -98,7 +99,10 @@ def logits_by_hand(
                         values = torch.cat([virtual_values[g], values])
                         bias = torch.cat([torch.zeros(virtual_keys.shape[1]), bias])
                     if len(keys):
-                        weights = torch.softmax(keys @ query[b, h, t] * scaling + bias, dim=0)
+                        scores = keys @ query[b, h, t] * scaling
+                        if softcap is not None:
+                            scores = softcap * torch.tanh(scores / softcap)
+                        weights = torch.softmax(scores + bias, dim=0)
                         out[b, h, t] = weights @ values
         return out.transpose(1, 2), None
 

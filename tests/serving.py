@@ -26,15 +26,13 @@ ENGINES = (
     pytest.param("vllm", marks=(pytest.mark.slow, pytest.mark.vllm, pytest.mark.filterwarnings("default"))),
 )
 """What a test of the whole server is tried with. vLLM starts processes that are killed at the end, and warns of much."""
-CONFIG: dict[str, dict[str, Any]] = {"gemma3": {"tie_word_embeddings": False}}
-"""Tied, a random Gemma repeats itself."""
 ENDS = [EOS, *range(0, 256, 9)]
 """Tokens that end a text, so that random models end some of theirs."""
 
 
 def make_base(family: str, *, dtype: torch.dtype = torch.float32, **config: Any) -> Base:
     """A tiny base of its own, which may be attached to."""
-    model = tiny_model(family, dtype=dtype, **{**CONFIG.get(family, {}), **config})
+    model = tiny_model(family, dtype=dtype, **config)
     model.generation_config.eos_token_id = list(ENDS)
     model.generation_config.forced_eos_token_id = None
     return Base(model, tiny_tokenizer(family), f"tiny-{family}")

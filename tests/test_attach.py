@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from reference import attention_layers, logits_by_hand
-from tiny import CONTEXT, DECODER_ONLY, ENCODER_DECODER, PAD, random_prefix, tiny_model, tiny_tokenizer
+from tiny import (
+    CONTEXT,
+    DECODER_ONLY,
+    ENCODER_DECODER,
+    PAD,
+    WINDOWED,
+    random_prefix,
+    tiny_model,
+    tiny_tokenizer,
+)
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -37,7 +46,6 @@ from foreword.reparam import trainable_prefix
 ALL = (*DECODER_ONLY, *ENCODER_DECODER)
 FLOAT64_THROUGHOUT = ("gpt2", "opt", "bart", "pegasus")
 """The other families compute their norms in float32 whatever the model's dtype."""
-WINDOWED = ("mistral", "gemma3")
 NO_DROPOUT: Mapping[str, dict[str, float]] = {
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "opt": {"dropout": 0.0},
@@ -48,11 +56,10 @@ NO_DROPOUT: Mapping[str, dict[str, float]] = {
 }
 OF_BART = ("bart", "pegasus")
 GENERATING: Mapping[str, dict[str, Any]] = {
-    "gemma3": {"tie_word_embeddings": False},
     "t5": {"num_decoder_layers": 2},
     "mt5": {"num_decoder_layers": 2},
 }
-"""Tied embeddings make a random Gemma repeat itself; transformers' T5 generates only with as many encoder as decoder layers."""
+"""transformers' T5 generates only with as many encoder as decoder layers."""
 P = 5
 
 
@@ -168,7 +175,8 @@ def test_every_supported_family_is_tried() -> None:
 @pytest.mark.parametrize("family", ALL)
 def test_the_reference_is_the_base_where_nothing_is_attached(family: str) -> None:
     model = model64(family)
-    inputs = batch_of(family, lengths=[11, 3])
+    # so near that padding sees one in a window of 7: Gemma 2's own attention makes nan, in float64, of what sees nothing
+    inputs = batch_of(family, lengths=[11, 5])
     real = real_places(inputs)
     assert_same(family, by_hand(model, [None, None], inputs)[real], model(**inputs).logits[real])
 
@@ -181,7 +189,8 @@ def test_an_attached_prefix_equals_attention_by_hand(family: str, side: str) -> 
     prefix = random_prefix(model, P)
     inputs = batch_of(family, lengths=[11, 3], side=side)
     real = real_places(inputs)
-    bare = model(**inputs).logits
+    # Gemma 2's own attention makes nan, in float64, of padding that sees nothing
+    bare = by_hand(model, [None, None], inputs) if family == "gemma2" else model(**inputs).logits
     with attach(model, prefix):
         logits = model(**inputs).logits
     assert_same(family, logits[real], by_hand(model, [prefix, prefix], inputs)[real])
@@ -547,14 +556,15 @@ def test_products_and_the_fused_kernel_agree(family: str, lengths: list[int], mo
     if lengths[0] == lengths[1]:
         inputs = {name: tensor for name, tensor in inputs.items() if "mask" not in name}
     fused_calls = 0
-    fused = foreword.attention.sdpa_attention_forward
+    name = "eager_attention_forward" if family == "gemma2" else "sdpa_attention_forward"
+    fused = getattr(foreword.attention, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal fused_calls
         fused_calls += 1
         return fused(*args, **kwargs)
 
-    monkeypatch.setattr(foreword.attention, "sdpa_attention_forward", counted)
+    monkeypatch.setattr(foreword.attention, name, counted)
     found = []
     with attach(model, source):
         for scores, block in ((1 << 25, 3), (1 << 25, 64), (0, 64)):

@@ -15,7 +15,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from tiny import BUILDERS, CONTEXT, ENCODER_DECODER, EOS, PAD, base_of, tiny_model, tiny_tokenizer
+from safetensors.torch import save_file
+from tiny import BUILDERS, CONTEXT, ENCODER_DECODER, EOS, PAD, base_of, tiny_composite, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GgufConfig, PreTrainedModel
 from transformers.utils import logging
@@ -76,11 +77,30 @@ def test_a_folder_loads_as_the_model_that_was_saved(family: str, tmp_path: Path)
     torch.testing.assert_close(logits(base.model), logits(tiny_model(family)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("names", ["as saved", "of a model in memory"])
+@pytest.mark.parametrize("text", ["gemma3", "mistral", "ministral3"])
+def test_of_a_model_of_text_and_images_the_text_alone_is_loaded(
+    text: str, names: str, tied: bool, tmp_path: Path
+) -> None:
+    model = tiny_composite(text, tie_word_embeddings=tied)
+    save(tmp_path, text, model)
+    if names != "as saved":
+        # newer files have these
+        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "model.safetensors")
+    base = load_base(tmp_path, dtype="float32", device="cpu")
+    assert type(base.model) is type(tiny_model(text))
+    # no weight of images
+    assert base.parameters.keys() == base_of(text, tie_word_embeddings=tied).parameters.keys()
+    torch.testing.assert_close(logits(base.model), logits(model), rtol=0, atol=0)
+
+
 DROPOUTS = {
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     "opt": ("dropout", "attention_dropout", "layerdrop"),
     "bart": ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop"),
     "t5": ("dropout_rate",),
+    "mixtral": ("attention_dropout", "router_jitter_noise"),
 }
 
 
@@ -159,6 +179,7 @@ def test_other_weights_have_another_fingerprint(family: str) -> None:
 
 DYNAMIC: dict[str, Any] = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 33}
+LLAMA_4 = tiny_model("ministral3").config.rope_parameters
 SLIDING: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 7}
 T5_1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
@@ -188,6 +209,14 @@ T5_1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embedding
         ("phi3", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.3}}),
         ("pegasus", {}, {"scale_embedding": True}),
         ("mt5", {}, {"feed_forward_proj": "gated-silu"}),
+        ("gemma2", {}, {"attn_logit_softcapping": 2.5}),
+        ("granite", {}, {"embedding_multiplier": 2.0}),
+        ("granite", {}, {"residual_multiplier": 0.5}),
+        ("granite", {}, {"attention_multiplier": 0.3}),
+        ("granite", {}, {"logits_scaling": 2.0}),
+        ("mixtral", {}, {"num_experts_per_tok": 1}),
+        ("qwen3_moe", {}, {"norm_topk_prob": False}),
+        ("ministral3", {}, {"rope_parameters": LLAMA_4 | {"llama_4_scaling_beta": 0.2}}),
         ("llama", DYNAMIC, DYNAMIC | {"max_position_embeddings": 17}),
         ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
         ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"truncate": False}}),
@@ -383,7 +412,7 @@ def test_a_broken_configuration(text: str, tmp_path: Path) -> None:
     refused(tmp_path, r"cannot load '.*' \(.+\): give a folder that save_pretrained wrote, whole")
 
 
-@pytest.mark.parametrize("model_type", ["bert", "gemma3", "a-family-of-tomorrow", None])
+@pytest.mark.parametrize("model_type", ["bert", "gemma4", "a-family-of-tomorrow", None])
 def test_another_family_is_refused_before_its_weights_are_looked_for(model_type: str | None, tmp_path: Path) -> None:
     configure(tmp_path, **(BertConfig().to_dict() | {"model_type": model_type}))
     refused(tmp_path, rf"one of the families gpt2, opt, .*, mt5; '.*' is of {model_type!r}")

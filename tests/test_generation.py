@@ -55,8 +55,6 @@ from foreword.prefix import Card, Framing, Prefix
 from foreword.training import TrainSettings, train
 
 ALL = (*DECODER_ONLY, *ENCODER_DECODER)
-CONFIG: dict[str, dict[str, Any]] = {"gemma3": {"tie_word_embeddings": False}}
-"""Tied, a random Gemma repeats itself."""
 MORE_ENDS = list(range(0, 256, 9))
 """Tokens that end a text as well, so that random models end some of theirs."""
 INPUTS = ["a", "some longer input", "bcd", "x" * 29]
@@ -89,7 +87,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_base(family: str, tokenizer: PreTrainedTokenizerFast | None = None, **config: Any) -> Base:
-    model = tiny_model(family, **{**CONFIG.get(family, {}), **config})
+    model = tiny_model(family, **config)
     return Base(model, tokenizer or tiny_tokenizer(family), f"tiny {family}")
 
 

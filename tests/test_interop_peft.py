@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import DECODER_ONLY, ENCODER_DECODER, PAD, tiny_model, tiny_tokenizer
+from tiny import DECODER_ONLY, ENCODER_DECODER, PAD, WINDOWED, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 import foreword.interop.peft
@@ -36,7 +36,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def model_of(family: str, **config: Any) -> PreTrainedModel:
-    return tiny_model(family, **({"sliding_window": WINDOW} if family in ("mistral", "gemma3") else {}), **config)
+    return tiny_model(family, **({"sliding_window": WINDOW} if family in WINDOWED else {}), **config)
 
 
 def base_of(family: str, **config: Any) -> Base:

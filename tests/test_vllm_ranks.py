@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("vllm", reason="needs vLLM, in an environment of its own: make setup-vllm, then make test-vllm")
 
 from serving import make_base, save
-from vllm_harness import LENGTHS, OPTIONS, TEXTS, Row, harness, save_base
+from vllm_harness import LENGTHS, OPTIONS, SIZES, TEXTS, Row, harness, save_base
 
 from foreword.bases import load_base
 from foreword.errors import BaseLoadError, SettingsError
@@ -65,7 +65,7 @@ def test_gpt2_and_the_engines_end(tmp_path: Path) -> None:
         one.run(work())
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "olmo2", "smollm3", "gpt_neox"])
+@pytest.mark.parametrize("family", [family for family in SIZES if family not in ("llama", "mistral", "gpt2")])
 def test_another_family(family: str, tmp_path: Path) -> None:
     with harness(tmp_path, family) as one:
         one.check(ROWS, distinct=0.7 if family == "gpt_neox" else 1)

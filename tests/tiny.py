@@ -11,20 +11,34 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     MT5Config,
     MT5ForConditionalGeneration,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PegasusConfig,
@@ -37,6 +51,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
     T5Config,
@@ -98,21 +114,23 @@ def _mistral(**more: Any) -> PreTrainedModel:
 
 
 def _qwen3(**more: Any) -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(**_grouped, **more))
+    return Qwen3ForCausalLM(Qwen3Config(**{**_grouped, **more}))
+
+
+_windows: dict[str, Any] = {
+    **_grouped,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+
+def _gemma2(**more: Any) -> PreTrainedModel:
+    caps: dict[str, Any] = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}
+    return Gemma2ForCausalLM(Gemma2Config(**{**_windows, "query_pre_attn_scalar": 14, **caps, **more}))
 
 
 def _gemma3(**more: Any) -> PreTrainedModel:
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **_grouped,
-            **{
-                "sliding_window": 7,
-                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-                "query_pre_attn_scalar": 14,
-                **more,
-            },
-        )
-    )
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**_windows, "query_pre_attn_scalar": 14, **more}))
 
 
 def _gpt_neox(**more: Any) -> PreTrainedModel:
@@ -135,6 +153,62 @@ def _phi3(**more: Any) -> PreTrainedModel:
 
 def _olmo2(**more: Any) -> PreTrainedModel:
     return Olmo2ForCausalLM(Olmo2Config(**{**_grouped, **more}))
+
+
+def _olmo3(**more: Any) -> PreTrainedModel:
+    return Olmo3ForCausalLM(Olmo3Config(**{**_windows, **more}))
+
+
+def _granite(**more: Any) -> PreTrainedModel:
+    own = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.7}
+    return GraniteForCausalLM(GraniteConfig(**{**_grouped, **own, **more}))
+
+
+def _ministral3(**more: Any) -> PreTrainedModel:
+    rope: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": CONTEXT / 16, "llama_4_scaling_beta": 0.3}
+    rope |= {"original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+    return Ministral3ForCausalLM(Ministral3Config(**{**_grouped, "rope_parameters": rope, **more}))
+
+
+_experts: dict[str, Any] = {
+    **_grouped,
+    # torch's product of groups wants rows of 16 bytes, in bfloat16, too
+    "hidden_size": 88,
+    "intermediate_size": 40,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}
+
+
+def _mixtral(**more: Any) -> PreTrainedModel:
+    return MixtralForCausalLM(MixtralConfig(**{**_experts, **more}))
+
+
+def _qwen3_moe(**more: Any) -> PreTrainedModel:
+    own: dict[str, Any] = {"moe_intermediate_size": 24, "mlp_only_layers": [1], "norm_topk_prob": True}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**_experts, **own, **more}))
+
+
+def tiny_composite(family: str, **config: Any) -> PreTrainedModel:
+    """A random model of text and images; what it computes of text alone is what the text's own model does."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 17,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    images = {**sizes, "image_size": 16, "patch_size": 8}
+    if family == "gemma3":
+        text = {**_windows, "query_pre_attn_scalar": 14}
+        return Gemma3ForConditionalGeneration(
+            Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4, image_token_index=5, **config)
+        ).eval()
+    text = {**_grouped, "model_type": family}
+    images |= {"model_type": "pixtral", "head_dim": 8}
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=text, vision_config=images, image_token_index=5, **config)
+    ).eval()
 
 
 _bart_sizes: dict[str, Any] = {
@@ -194,20 +268,30 @@ BUILDERS = {
     "qwen2": _qwen2,
     "phi3": _phi3,
     "olmo2": _olmo2,
+    "gemma2": _gemma2,
+    "olmo3": _olmo3,
+    "granite": _granite,
+    "ministral3": _ministral3,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
     "pegasus": _pegasus,
     "mt5": _mt5,
 }
 """By family."""
 MAIN = ("gpt2", "opt", "llama", "mistral", "qwen3", "gemma3", "bart", "t5")
 """Families for tests that take long; the others take the same ways through our code as one of these."""
-DECODER_ONLY = ("gpt2", "opt", "llama", "mistral", "qwen3", "gemma3", "gpt_neox", "smollm3", "qwen2", "phi3", "olmo2")
+EXPERTS = ("mixtral", "qwen3_moe")
+WINDOWED = ("mistral", "gemma3", "gemma2", "olmo3")
 ENCODER_DECODER = ("bart", "t5", "pegasus", "mt5")
+DECODER_ONLY = tuple(family for family in BUILDERS if family not in ENCODER_DECODER)
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
     """A random model whose attention is far from uniform, in evaluation mode."""
     torch.manual_seed(seed)
     model = BUILDERS[family](**config)
+    if dtype == torch.float64 and family in EXPERTS:
+        model.set_experts_implementation("eager")  # torch's product of groups takes no float64
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # the default of 0.02 hides mistakes: every row would look alike
@@ -215,6 +299,10 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
                 parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
             elif "bias" in name:
                 parameter.normal_(0, 0.1)
+        if family in ("gemma2", "gemma3"):
+            # or it repeats the last token: embeddings are tied, and what layers add to them has one size
+            model.get_input_embeddings().weight.mul_(1 / 50)
+            model.model.norm.weight.fill_(50 - 1)
     return model.to(dtype).eval()
 
 

@@ -47,13 +47,25 @@ _GROUPED: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": CONTEXT,
 }
+_WINDOWED = {**_GROUPED, "sliding_window": CONTEXT}
+_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": CONTEXT / 64, "llama_4_scaling_beta": 0.3}
+_YARN |= {"original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
+_EXPERTS = {**_GROUPED, "intermediate_size": 96, "moe_intermediate_size": 64}
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": _GROUPED,
     "qwen2": _GROUPED,
+    "qwen3": _GROUPED,
     "phi3": _GROUPED,
     "olmo2": _GROUPED,
     "smollm3": _GROUPED,
+    "gemma2": {**_WINDOWED, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 30.0},
+    "gemma3": _WINDOWED,
+    "olmo3": _WINDOWED,
+    "granite": _GROUPED,
+    "ministral3": {**_GROUPED, "rope_parameters": _YARN},
+    "mixtral": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
     "gpt_neox": {"hidden_size": 3 * 32, "num_attention_heads": 3, "max_position_embeddings": CONTEXT},
     "gpt2": {"n_embd": 3 * 32, "n_layer": 2, "n_head": 3, "n_positions": CONTEXT},
 }

@@ -312,6 +312,8 @@ class Attachment:
         logits: torch.Tensor = model.get_output_embeddings()(states)
         if (bias := getattr(model, "final_logits_bias", None)) is not None:
             logits = logits + bias
+        if (divisor := getattr(model.config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
         if (cap := getattr(model.config, "final_logit_softcapping", None)) is not None:
             logits = torch.tanh(logits / cap) * cap
         return logits

@@ -4,7 +4,7 @@
 
 On a CPU it is written as plain products, a block of queries at a time, with the keys that any of them sees: of causal
 attention half is never computed, and a block's scores stay in the caches. Very long rows, and GPUs, go through torch's
-fused kernel. Tokens that rows have in common (`foreword.sharing`) are taken apart into rows here, and put together again.
+fused kernel, or where it cannot do what a layer does, cap its scores (Gemma 2), through transformers' own products. Tokens that rows have in common (`foreword.sharing`) are taken apart into rows here, and put together again.
 Registered with transformers under `NAME`; which prefix a layer has, `foreword.attach` knows.
 """
 
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 __all__ = ["NAME", "Mask"]
 
@@ -50,8 +51,8 @@ class Mask:
         if self.tensor is None or self.tensor.dtype != torch.bool:
             return self.tensor
         if self._added is None or self._added.dtype != dtype:
-            # the padding of a left-padded row may see nothing: unlike -inf, this keeps its softmax finite
-            hidden = torch.finfo(dtype).min / 2
+            # the padding of a left-padded row may see nothing: unlike -inf, this keeps its softmax finite, in float32, too
+            hidden = max(torch.finfo(dtype).min, torch.finfo(torch.float32).min) / 2
             self._added = torch.zeros_like(self.tensor, dtype=dtype).masked_fill_(~self.tensor, hidden)
         return self._added
 
@@ -75,6 +76,7 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """What every attention layer of an attached model calls. Returns [B, T, H, D]."""
@@ -87,7 +89,11 @@ def _attention(
     key, value, mask = extension.extend(section, i, query, key, value, attention_mask)
     if position_bias is not None:
         position_bias = nn.functional.pad(position_bias, (key.shape[2] - length, 0))
-    if dropout or query.device.type != "cpu" or query.shape[:3].numel() * key.shape[2] > PRODUCTS_MAX_SCORES:
+    few = query.shape[:3].numel() * key.shape[2] <= PRODUCTS_MAX_SCORES
+    if few and query.device.type == "cpu" and not dropout:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        out = _Products.apply(query, key, value, mask, scaling, position_bias, softcap)
+    elif softcap is None:
         out, _ = sdpa_attention_forward(
             module,
             query,
@@ -100,13 +106,14 @@ def _attention(
             position_bias=position_bias,
         )
     else:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = _Products.apply(query, key, value, mask, scaling, position_bias)
+        added = mask.added(query.dtype)
+        out, _ = eager_attention_forward(module, query, key, value, added, dropout, scaling, softcap)
     return out if shared is None else shared.together(out), None
 
 
 class _Products(torch.autograd.Function):
-    """softmax(Q K^T scaling + bias + mask) V as plain products, with the H query heads folded onto their G key/value heads.
+    """softmax(cap(Q K^T scaling) + bias + mask) V as plain products, with the H query heads folded onto their G key/value
+    heads; cap(s) = softcap tanh(s / softcap), or s.
 
     Its backward pass keeps no more than Q, K, V and the weights, and makes no gradient for bias or mask: both are frozen.
     """
@@ -121,14 +128,19 @@ class _Products(torch.autograd.Function):
         mask: Mask,
         scaling: float,
         position_bias: torch.Tensor | None,
+        softcap: float | None,
     ) -> torch.Tensor:
         batch, heads, length, dim = query.shape
         ctx.blocks, ctx.scaling = mask.blocks, scaling
         query = query * scaling
         out = value.new_empty(batch, length, heads, dim)
-        kept = []
+        kept, slopes = [], []
         for block, seen in ctx.blocks:
             scores = _fold(query[:, :, block], key) @ key[:, :, seen].mT
+            if softcap is not None:
+                tanh = (scores / softcap).tanh_()
+                scores = tanh * softcap
+                slopes.append(torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1))
             by_head = scores.view(batch, heads, -1, seen.stop)
             if position_bias is not None:
                 by_head += position_bias[:, :, block, seen]
@@ -137,30 +149,33 @@ class _Products(torch.autograd.Function):
             weights = scores.softmax(-1)
             out[:, block] = (weights @ value[:, :, seen]).view(batch, heads, -1, dim).transpose(1, 2)
             kept.append(weights)
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value, *kept, *slopes)
         return out
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
+        kept, slopes = kept[: len(ctx.blocks)], kept[len(ctx.blocks) :]
         of_query, of_key, of_value = (
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((query, key, value), ctx.needs_input_grad[:3], strict=True)
         )
-        for (block, seen), weights in zip(ctx.blocks, kept, strict=True):
+        for n, ((block, seen), weights) in enumerate(zip(ctx.blocks, kept, strict=True)):
             out = _fold(outer[0][:, block].transpose(1, 2), key)
             if of_value is not None:
                 of_value[:, :, seen] += weights.mT @ out
             if of_query is None and of_key is None:
                 continue
             scores = torch._softmax_backward_data(out @ value[:, :, seen].mT, weights, -1, weights.dtype)
+            if slopes:
+                scores *= slopes[n]
             if of_key is not None:
                 of_key[:, :, seen] += scores.mT @ _fold(query[:, :, block], key)
             if of_query is not None:
                 part = of_query[:, :, block]
                 torch.mul((scores @ key[:, :, seen]).view(part.shape), ctx.scaling, out=part)
-        return of_query, of_key, of_value, None, None, None
+        return of_query, of_key, of_value, None, None, None, None
 
 
 def _fold(queries: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ from transformers.utils import logging
 
 from foreword.builtin import BUILT_IN, cache_folder, progress_bar
 from foreword.errors import BaseLoadError, ForewordError, MissingExtraError, SettingsError, one_line
-from foreword.families import FAMILIES, section_shapes, sections_of
+from foreword.families import FAMILIES, OF_TEXT_AND_IMAGES, section_shapes, sections_of
 
 __all__ = ["DTYPES", "Base", "built_in_folder", "cache_folder", "load_base"]
 
@@ -45,6 +45,13 @@ _KINDS = f"a local folder, a .gguf file, a hub id (owner/name) or a built-in ({'
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """The names that `load_base` takes for a dtype, beside `auto`."""
+
+_TEXT_ALONE = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""Names of weights in files of models of text and images, old and new, to those of the text's own model."""
 
 SIGNS = 4096
 """How many numbers of each parameter the fingerprint looks at."""
@@ -56,14 +63,15 @@ _TOLD = (
     *("relative_attention_num_buckets", "relative_attention_max_distance"),
     *("activation_function", "hidden_act", "hidden_activation", "feed_forward_proj"),
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "do_layer_norm_before", "scale_embedding"),
-    *("final_logit_softcapping", "no_rope_layers", "use_parallel_residual"),
+    *("final_logit_softcapping", "no_rope_layers", "use_parallel_residual", "num_experts_per_tok", "norm_topk_prob"),
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
 )
 """Configuration values that change what a base computes, and that the shapes of its weights don't show."""
 
 _TOLD_OF_ROPE = (
     *("rope_type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"),
     *("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"),
-    *("short_factor", "long_factor", "mscale", "mscale_all_dim", "truncate"),
+    *("short_factor", "long_factor", "mscale", "mscale_all_dim", "truncate", "llama_4_scaling_beta"),
 )
 
 
@@ -252,7 +260,7 @@ def _without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "jitter_noise"):
             if isinstance(module.__dict__.get(name), float):
                 setattr(module, name, 0.0)
 
@@ -345,14 +353,17 @@ def _load(
         with _quiet(unpacking=gguf):
             # looked at before the weights are fetched: those may be gigabytes
             raw, _ = PreTrainedConfig.get_config_dict(where, **options)
-            if raw.get("model_type") not in FAMILIES:
+            family = raw.get("model_type")
+            if family not in (*FAMILIES, *OF_TEXT_AND_IMAGES):
                 raise BaseLoadError(
-                    f"expected a base of one of the families {', '.join(FAMILIES)}; {name!r} is of "
-                    f"{raw.get('model_type')!r}"
+                    f"expected a base of one of the families {', '.join(FAMILIES)}; {name!r} is of {family!r}"
                 )
             _refuse_quantized(name, raw.get("quantization_config"))
-            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+            config = CONFIG_MAPPING[family].from_dict(raw)
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            if family in OF_TEXT_AND_IMAGES:
+                tied, config = config.tie_word_embeddings, config.get_text_config()
+                config.tie_word_embeddings, options["key_mapping"] = tied, _TEXT_ALONE
             auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             if gguf is not None:
                 options["quantization_config"] = GgufConfig(gguf_file=gguf, dequantize=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from foreword.errors import BaseLoadError
 
-__all__ = ["FAMILIES", "section_shapes", "sections_of"]
+__all__ = ["FAMILIES", "OF_TEXT_AND_IMAGES", "section_shapes", "sections_of"]
 
 _CAUSAL = {"decoder": "model.layers.*.self_attn"}
 _BART = {
@@ -32,15 +32,24 @@ FAMILIES: Mapping[str, Mapping[str, str]] = {
     "smollm3": _CAUSAL,
     "qwen2": _CAUSAL,
     "qwen3": _CAUSAL,
+    "gemma2": _CAUSAL,
     "gemma3_text": _CAUSAL,
     "phi3": _CAUSAL,
     "olmo2": _CAUSAL,
+    "olmo3": _CAUSAL,
+    "granite": _CAUSAL,
+    "ministral3": _CAUSAL,
+    "mixtral": _CAUSAL,
+    "qwen3_moe": _CAUSAL,
     "bart": _BART,
     "pegasus": _BART,
     "t5": _T5,
     "mt5": _T5,
 }
 """For each supported `config.model_type`, where the attention layers of each section are; `*` is the layer's number."""
+
+OF_TEXT_AND_IMAGES = ("gemma3", "mistral3")
+"""Values of `config.model_type` whose part for text is a base, of one of the families, by itself."""
 
 
 def sections_of(model: PreTrainedModel) -> dict[str, list[nn.Module]]:

@@ -75,11 +75,11 @@ class Work:
             }
         # GPT-NeoX's first MLP is not after attention, but beside it
         beside = getattr(model.config, "use_parallel_residual", False)
-        self._of_x = self._of_y = 0
+        self._of_x = self._of_y = 0.0
         for name, parameter in _weights(base).items():
             # a multiplication and an addition, forward, and backward
             below = id(parameter) in first or "project_in" in name or (beside and ".layers.0.mlp." in name)
-            needed = parameter.numel() * 2 * (1 if below else 2)
+            needed = parameter.numel() * _share(base, parameter) * 2 * (1 if below else 2)
             if id(parameter) in of_x:
                 self._of_x += needed
             else:
@@ -110,11 +110,16 @@ class Work:
 
 
 def _weights(base: Base) -> dict[str, torch.Tensor]:
-    """What every token is multiplied with, by name: no embeddings, and not the vocabulary's."""
+    """What tokens are multiplied with, by name: no embeddings, and not the vocabulary's."""
     model = base.model
     skipped = {id(model.get_output_embeddings().weight)}
     skipped |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    return {name: p for name, p in base.parameters.items() if p.ndim == 2 and id(p) not in skipped}
+    return {name: p for name, p in base.parameters.items() if p.ndim > 1 and id(p) not in skipped}
+
+
+def _share(base: Base, weight: torch.Tensor) -> float:
+    """Of all tokens, those that a matrix sees: all, but of a mixture's experts, [E, …], each has its part."""
+    return 1.0 if weight.ndim == 2 else base.model.config.num_experts_per_tok / len(weight)
 
 
 def _causal(tokens: int, length: int) -> float:
@@ -140,12 +145,14 @@ def product_rate(base: Base, tokens: int, *, seconds: float = 1.0) -> float:
         tokens: of a batch.
         seconds: to take, about; each shape is tried once at the least.
     """
-    by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    by_shape: dict[tuple[torch.Size, int], list[torch.Tensor]] = {}
     for parameter in _weights(base).values():
-        by_shape.setdefault(parameter.shape, []).append(parameter)
+        seen = max(1, round(tokens * _share(base, parameter)))
+        matrices = parameter.view(-1, *parameter.shape[-2:])
+        by_shape.setdefault((matrices.shape[1:], seen), []).extend(matrices)
     operations = took = 0.0
-    for shape, alike in by_shape.items():
-        x, y = (torch.randn(tokens, width, dtype=base.dtype, device=base.device) for width in reversed(shape))
+    for (shape, seen), alike in by_shape.items():
+        x, y = (torch.randn(seen, width, dtype=base.dtype, device=base.device) for width in reversed(shape))
         best, until = math.inf, time.perf_counter() + seconds / len(by_shape)
         while best == math.inf or time.perf_counter() < until:
             synchronize(base.device)
@@ -155,7 +162,7 @@ def product_rate(base: Base, tokens: int, *, seconds: float = 1.0) -> float:
                 y @ alike[0]
             synchronize(base.device)
             best = min(best, (time.perf_counter() - began) / _AT_A_TIME)
-        operations += len(alike) * 4 * tokens * shape.numel()
+        operations += len(alike) * 4 * seen * shape.numel()
         took += len(alike) * best
     return operations / took
 
