@@ -150,6 +150,11 @@ class VllmEngine(Engine):
         if current_platform.is_cpu() and "gpu_memory_utilization" not in options:
             # by itself it takes nine tenths of the machine's memory, and does not start where less is free
             args["kv_cache_memory_bytes"] = cache_bytes
+        rope = getattr(self.base.model.config, "rope_parameters", None) or {}
+        if (beta := rope.get("llama_4_scaling_beta")) is not None:
+            # transformers has it among the rotary parameters, where vLLM does not look
+            first = rope["original_max_position_embeddings"]
+            args["hf_overrides"] = {"llama_4_scaling": {"original_max_position_embeddings": first, "beta": beta}}
         if clash := sorted({"model", "tensor_parallel_size", "kv_transfer_config"} & set(options)):
             raise SettingsError(f"expected other options for vLLM; {', '.join(clash)} are set by foreword")
         try:
