@@ -4,8 +4,9 @@
 
 On a CPU it is written as plain products, a block of queries at a time, with the keys that any of them sees: of causal
 attention half is never computed, and a block's scores stay in the caches. Very long rows, and GPUs, go through torch's
-fused kernel, or where it cannot do what a layer does, cap its scores (Gemma 2), through transformers' own products. Tokens that rows have in common (`foreword.sharing`) are taken apart into rows here, and put together again.
-Registered with transformers under `NAME`; which prefix a layer has, `foreword.attach` knows.
+fused kernel; or through transformers' own products where scores are capped (Gemma 2), which that kernel cannot. Tokens
+that rows have in common (`foreword.sharing`) are taken apart into rows here, and put together again. Registered with
+transformers under `NAME`; which prefix a layer has, `foreword.attach` knows.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class _Products(torch.autograd.Function):
     """softmax(cap(Q K^T scaling) + bias + mask) V as plain products, with the H query heads folded onto their G key/value
     heads; cap(s) = softcap tanh(s / softcap), or s.
 
-    Its backward pass keeps no more than Q, K, V and the weights, and makes no gradient for bias or mask: both are frozen.
+    Its backward pass keeps no more than Q, K, V, the weights and the caps' slopes, and makes no gradient for bias or mask: both are frozen.
     """
 
     @staticmethod
@@ -140,7 +141,7 @@ class _Products(torch.autograd.Function):
             if softcap is not None:
                 tanh = (scores / softcap).tanh_()
                 scores = tanh * softcap
-                slopes.append(torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1))
+                slopes.append(1 - tanh * tanh)
             by_head = scores.view(batch, heads, -1, seen.stop)
             if position_bias is not None:
                 by_head += position_bias[:, :, block, seen]
