@@ -92,6 +92,10 @@ def test_of_a_model_of_text_and_images_the_text_alone_is_loaded(
     assert type(base.model) is type(tiny_model(text))
     # no weight of images
     assert base.parameters.keys() == base_of(text, tie_word_embeddings=tied).parameters.keys()
+    # as docs/vllm.md has it
+    base.model.save_pretrained(tmp_path / "text", save_original_format=False)
+    base.tokenizer.save_pretrained(tmp_path / "text")
+    assert load_base(tmp_path / "text").fingerprint == base.fingerprint
     torch.testing.assert_close(logits(base.model), logits(model), rtol=0, atol=0)
 
 
