@@ -2,7 +2,7 @@
 
     python -m benchmarks.train_vs_peft --dtype bfloat16
     python -m benchmarks.train_vs_peft --dtype float32 --json benchmarks/results/train_vs_peft-float32.json
-    python -m benchmarks.train_vs_peft --base llama-1b-shaped --rounds 1 --json benchmarks/results/train_vs_peft-1b.json
+    python -m benchmarks.train_vs_peft --base llama-1b-shaped --dtype bfloat16 --rounds 2 --warm 1 --json benchmarks/results/train_vs_peft-1b.json
 
 Sides: `foreword`; `peft`, as its documentation has it (forward with labels, shuffled batches padded to the longest,
 default attention); `peft-eager` and `peft-sdpa`, with that attention and batches by length, the faster of which is PEFT

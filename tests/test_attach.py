@@ -12,16 +12,7 @@ from typing import Any
 import pytest
 import torch
 from reference import attention_layers, logits_by_hand
-from tiny import (
-    CONTEXT,
-    DECODER_ONLY,
-    ENCODER_DECODER,
-    PAD,
-    WINDOWED,
-    random_prefix,
-    tiny_model,
-    tiny_tokenizer,
-)
+from tiny import CONTEXT, DECODER_ONLY, ENCODER_DECODER, PAD, WINDOWED, random_prefix, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -31,6 +22,7 @@ from transformers import (
     GPT2Model,
     PreTrainedModel,
 )
+from transformers.models.gemma2 import modeling_gemma2
 
 import foreword.attach
 import foreword.attention
@@ -556,15 +548,16 @@ def test_products_and_the_fused_kernel_agree(family: str, lengths: list[int], mo
     if lengths[0] == lengths[1]:
         inputs = {name: tensor for name, tensor in inputs.items() if "mask" not in name}
     fused_calls = 0
+    owner: Any = modeling_gemma2 if family == "gemma2" else foreword.attention
     name = "eager_attention_forward" if family == "gemma2" else "sdpa_attention_forward"
-    fused = getattr(foreword.attention, name)
+    fused = getattr(owner, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal fused_calls
         fused_calls += 1
         return fused(*args, **kwargs)
 
-    monkeypatch.setattr(foreword.attention, name, counted)
+    monkeypatch.setattr(owner, name, counted)
     found = []
     with attach(model, source):
         for scores, block in ((1 << 25, 3), (1 << 25, 64), (0, 64)):

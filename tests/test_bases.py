@@ -16,7 +16,18 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import BUILDERS, CONTEXT, ENCODER_DECODER, EOS, PAD, base_of, tiny_composite, tiny_model, tiny_tokenizer
+from tiny import (
+    BUILDERS,
+    CONTEXT,
+    ENCODER_DECODER,
+    EOS,
+    PAD,
+    base_of,
+    scaled_rope,
+    tiny_composite,
+    tiny_model,
+    tiny_tokenizer,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, GgufConfig, PreTrainedModel
 from transformers.utils import logging
@@ -183,7 +194,6 @@ def test_other_weights_have_another_fingerprint(family: str) -> None:
 
 DYNAMIC: dict[str, Any] = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 33}
-LLAMA_4 = tiny_model("ministral3").config.rope_parameters
 SLIDING: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 7}
 T5_1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
@@ -220,7 +230,7 @@ T5_1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embedding
         ("granite", {}, {"logits_scaling": 2.0}),
         ("mixtral", {}, {"num_experts_per_tok": 1}),
         ("qwen3_moe", {}, {"norm_topk_prob": False}),
-        ("ministral3", {}, {"rope_parameters": LLAMA_4 | {"llama_4_scaling_beta": 0.2}}),
+        ("ministral3", {}, {"rope_parameters": scaled_rope(16, CONTEXT) | {"llama_4_scaling_beta": 0.2}}),
         ("llama", DYNAMIC, DYNAMIC | {"max_position_embeddings": 17}),
         ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}),
         ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"truncate": False}}),

@@ -18,9 +18,9 @@ import torch
 from tiny import (
     BOS,
     CONTEXT,
+    DECODER_ONLY,
     ENCODER_DECODER,
     EOS,
-    MAIN,
     PAD,
     base_of,
     random_prefix,
@@ -38,6 +38,7 @@ from foreword.data import Row, frame, read_records, rows_of
 from foreword.errors import DataError, SettingsError, TooLongError
 from foreword.prefix import Framing
 
+ALL = (*DECODER_ONLY, *ENCODER_DECODER)
 BEGINS = ("opt", "llama", "mistral", "gemma3", "bart")
 """Families whose tokenizers put a token at the beginning."""
 CHAT = (
@@ -217,7 +218,7 @@ def test_columns_that_are_asked_for_must_be_there(tmp_path: Path) -> None:
 # ---- x ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family", ALL)
 def test_x_is_the_template_with_the_records_columns(family: str) -> None:
     base = tiny_base(family)
     record = {"input": "{output} a{{b", "output": "never", "house-style": "é", "Product Name": 7, "price": 1.5}
@@ -422,7 +423,7 @@ def test_a_chat_needs_a_template_and_an_answer() -> None:
 # ---- y and the context -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family", ALL)
 def test_rows_end_with_one_end_token(family: str) -> None:
     base = tiny_base(family)
     outputs = ["b", "bc</s>", "bc</s></s>", " b</s>c", "é" * 9]
@@ -515,7 +516,7 @@ def rows_for(base: Base) -> list[Row]:
 
 
 @pytest.mark.parametrize("pad_is_end", [False, True])
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family", ALL)
 def test_the_loss_at_ys_places_is_that_of_transformers_labels(family: str, pad_is_end: bool) -> None:
     """Which take a row alone, without padding."""
     base = tiny_base(family)

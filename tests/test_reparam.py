@@ -9,7 +9,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tiny import CONTEXT, ENCODER_DECODER, MAIN, WINDOWED, random_prefix, refused, tiny_model, tiny_tokenizer
+from tiny import (
+    CONTEXT,
+    DECODER_ONLY,
+    ENCODER_DECODER,
+    WINDOWED,
+    random_prefix,
+    refused,
+    tiny_model,
+    tiny_tokenizer,
+)
 from torch import nn
 
 from foreword.attach import attach
@@ -27,11 +36,11 @@ from foreword.reparam import (
 )
 from foreword.settings import REPARAMETRIZATIONS
 
-DECODER_ONLY = [family for family in MAIN if family not in ENCODER_DECODER]
+ALL = (*DECODER_ONLY, *ENCODER_DECODER)
 P = 5
 UNEQUAL = [(2, 7), (5, 3), (1, 11)]
 KINDS = [
-    (family, kind) for family in MAIN for kind in REPARAMETRIZATIONS if kind != "embedding" or family in DECODER_ONLY
+    (family, kind) for family in ALL for kind in REPARAMETRIZATIONS if kind != "embedding" or family in DECODER_ONLY
 ]
 
 
@@ -192,7 +201,7 @@ def test_activations_are_what_the_cache_holds(family: str) -> None:
     torch.testing.assert_close(again, activations(base, [*ids[:2], *ids[:2], ids[0]], [], P), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", ENCODER_DECODER)
 def test_activations_are_each_sections_projections(family: str) -> None:
     base = base_of(family)
     bart = {
@@ -253,7 +262,7 @@ def test_trained_embeddings_stand_for_tokens(family: str) -> None:
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family", ALL)
 def test_what_is_attached_meanwhile_changes_no_activations(family: str) -> None:
     base = base_of(family)
     expected = activations(base, random_ids(P), random_ids(P, seed=1), P)
@@ -262,7 +271,7 @@ def test_what_is_attached_meanwhile_changes_no_activations(family: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family", ALL)
 def test_an_mlp_on_top_of_a_start_begins_at_it(family: str) -> None:
     base = base_of(family)
     start = (random_ids(9), random_ids(4, seed=1))

@@ -164,10 +164,21 @@ def _granite(**more: Any) -> PreTrainedModel:
     return GraniteForCausalLM(GraniteConfig(**{**_grouped, **own, **more}))
 
 
+def scaled_rope(first: int, context: int) -> dict[str, Any]:
+    """Ministral 3's, whose queries grow by position, a step each `first` positions."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": context / first,
+        "original_max_position_embeddings": first,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "llama_4_scaling_beta": 0.3,
+    }
+
+
 def _ministral3(**more: Any) -> PreTrainedModel:
-    rope: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": CONTEXT / 16, "llama_4_scaling_beta": 0.3}
-    rope |= {"original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
-    return Ministral3ForCausalLM(Ministral3Config(**{**_grouped, "rope_parameters": rope, **more}))
+    return Ministral3ForCausalLM(Ministral3Config(**{**_grouped, "rope_parameters": scaled_rope(16, CONTEXT), **more}))
 
 
 _experts: dict[str, Any] = {
@@ -192,13 +203,14 @@ def _qwen3_moe(**more: Any) -> PreTrainedModel:
 def tiny_composite(family: str, **config: Any) -> PreTrainedModel:
     """A random model of text and images; what it computes of text alone is what the text's own model does."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
+    images: dict[str, Any] = {
         "hidden_size": 16,
         "intermediate_size": 17,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
     }
-    images = {**sizes, "image_size": 16, "patch_size": 8}
     if family == "gemma3":
         text = {**_windows, "query_pre_attn_scalar": 14}
         return Gemma3ForConditionalGeneration(

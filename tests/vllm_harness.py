@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from serving import make_base, prefix_for, save
-from tiny import EOS
+from tiny import EOS, scaled_rope
 
 from foreword.attach import attach
 from foreword.bases import Base, load_base
@@ -48,8 +48,6 @@ _GROUPED: dict[str, Any] = {
     "max_position_embeddings": CONTEXT,
 }
 _WINDOWED = {**_GROUPED, "sliding_window": CONTEXT}
-_YARN: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": CONTEXT / 64, "llama_4_scaling_beta": 0.3}
-_YARN |= {"original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0}
 _EXPERTS = {**_GROUPED, "intermediate_size": 96, "moe_intermediate_size": 64}
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
@@ -63,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gemma3": _WINDOWED,
     "olmo3": _WINDOWED,
     "granite": _GROUPED,
-    "ministral3": {**_GROUPED, "rope_parameters": _YARN},
+    "ministral3": {**_GROUPED, "rope_parameters": scaled_rope(64, CONTEXT)},
     "mixtral": _EXPERTS,
     "qwen3_moe": _EXPERTS,
     "gpt_neox": {"hidden_size": 3 * 32, "num_attention_heads": 3, "max_position_embeddings": CONTEXT},

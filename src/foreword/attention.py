@@ -20,7 +20,6 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 __all__ = ["NAME", "Mask"]
 
@@ -107,6 +106,9 @@ def _attention(
             position_bias=position_bias,
         )
     else:
+        # where scores are capped the module is there; elsewhere nobody should wait for it
+        from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
         added = mask.added(query.dtype)
         out, _ = eager_attention_forward(module, query, key, value, added, dropout, scaling, softcap)
     return out if shared is None else shared.together(out), None
@@ -116,7 +118,8 @@ class _Products(torch.autograd.Function):
     """softmax(cap(Q K^T scaling) + bias + mask) V as plain products, with the H query heads folded onto their G key/value
     heads; cap(s) = softcap tanh(s / softcap), or s.
 
-    Its backward pass keeps no more than Q, K, V, the weights and the caps' slopes, and makes no gradient for bias or mask: both are frozen.
+    Its backward pass keeps no more than Q, K, V, the weights and the slopes of caps, and makes no gradient for bias or
+    mask: both are frozen.
     """
 
     @staticmethod
@@ -157,20 +160,21 @@ class _Products(torch.autograd.Function):
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        kept, slopes = kept[: len(ctx.blocks)], kept[len(ctx.blocks) :]
+        count = len(ctx.blocks)
+        of_blocks = zip(ctx.blocks, kept[:count], kept[count:] or [None] * count, strict=True)
         of_query, of_key, of_value = (
             torch.zeros_like(tensor) if needed else None
             for tensor, needed in zip((query, key, value), ctx.needs_input_grad[:3], strict=True)
         )
-        for n, ((block, seen), weights) in enumerate(zip(ctx.blocks, kept, strict=True)):
+        for (block, seen), weights, slope in of_blocks:
             out = _fold(outer[0][:, block].transpose(1, 2), key)
             if of_value is not None:
                 of_value[:, :, seen] += weights.mT @ out
             if of_query is None and of_key is None:
                 continue
             scores = torch._softmax_backward_data(out @ value[:, :, seen].mT, weights, -1, weights.dtype)
-            if slopes:
-                scores *= slopes[n]
+            if slope is not None:
+                scores *= slope
             if of_key is not None:
                 of_key[:, :, seen] += scores.mT @ _fold(query[:, :, block], key)
             if of_query is not None:
